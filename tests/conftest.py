@@ -1,0 +1,21 @@
+"""Set-up of the test session, before any test module imports jax."""
+
+import os
+
+# Shapes and dtypes of these pure modules are checked on every call. The others are left alone:
+# their checks would be traced into every compiled program.
+SHAPE_CHECKED = ["prolong_jax.masked", "prolong_jax.losses", "prolong_jax.advantages"]
+
+
+def pytest_configure():
+    """Eight virtual CPU devices and no network, unless the caller has set otherwise."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("WANDB_MODE", "offline")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+
+    from jaxtyping import install_import_hook
+
+    install_import_hook(SHAPE_CHECKED, "beartype.beartype")
