@@ -1,0 +1,393 @@
+"""Settings: frozen dataclasses, one per owner. All defaults of the package stand here.
+
+Defaults are those of ProRL v1 (arXiv 2505.24864, section 3.2 and appendix E) where it states them.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+DOMAINS = ("math", "code", "stem", "logic", "instruct")
+TINY_BASE = str(Path(__file__).parent / "assets" / "tiny_base")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    path: str = TINY_BASE  # Hugging Face model directory
+    dtype: str = "bfloat16"  # of activations and matrix products: bfloat16 or float32
+
+
+@dataclass(frozen=True)
+class MeshSettings:
+    data: int = 1  # rows are split over this axis, weights are not
+    fsdp: int = 1  # rows and weights are split over this axis
+    tensor: int = 1  # heads and feed-forward are split over this axis
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    prompts_per_step: int = 256  # live groups wanted for one step
+    group_size: int = 16  # responses per prompt
+    temperature: float = 1.2
+    max_prompt_len: int = 1024  # tokens; longer prompts are refused
+    max_response_len: int = 7072  # tokens
+    dynamic_sampling: bool = True  # drop groups whose raw rewards are all equal, and draw more
+    max_sampling_rounds: int = 4  # rounds of prompts_per_step prompts, at most
+    stop_properly: float = 1.0  # factor on the reward of unterminated responses; < 0 replaces it
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    clip_low: float = 0.2
+    clip_high: float = 0.4
+    kl_coef: float = 1e-4  # a secondary source; the paper does not state it
+    kl_estimator: str = "k3"  # k2 or k3
+    tis_cap: float = 2.0  # cap of the sampler-to-trainer importance weight
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    learning_rate: float = 2e-6
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 0  # optimizer steps, counted anew after a reset of the optimizer
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    num_minibatches: int = 4  # optimizer steps per rollout
+    micro_batch_rows: int = 8  # packed rows whose gradient is taken at once
+    row_len: int = 8096  # tokens of a packed row
+    max_skipped: int = 5  # stop after so many updates in a row with a non-finite gradient
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    every: int = 20  # steps between evaluations
+    prompts_per_level: int = 16  # of every domain
+    samples: int = 4  # responses per prompt during the run
+    final_samples: int = 16  # responses per prompt for the base and the final policy
+    temperature: float = 0.6
+    top_p: float = 0.95
+    seed: int = 7  # of the held-out prompts
+
+
+@dataclass(frozen=True)
+class VerifierSettings:
+    num_workers: int = 2  # processes
+    time_limit_s: float = 10.0  # per response, from the start of its verification
+    max_error_rate: float = 0.2  # share of faults of a verifier in one step that stops the run
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    every: int = 20  # steps
+    keep: int = 2  # newest checkpoints
+
+
+@dataclass(frozen=True)
+class MetricsSettings:
+    wandb: str = "off"  # off, offline or online
+    samples_per_step: int = 4  # responses written to samples.jsonl
+
+
+@dataclass(frozen=True)
+class ResetSettings:
+    """When the reference becomes the policy. Evaluations are those of the validation blend."""
+
+    every: int = 0  # steps since the last reset; 0: never by schedule
+    plateau_window: int = 0  # evaluations without a gain; 0: never on a plateau
+    plateau_gain: float = 0.01  # what counts as a gain of the validation score
+    optimizer: bool = True  # v1 clears the optimizer's moments too, v2 keeps them
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    name: str = "all domains"
+    steps: int = 0  # 0: until the run ends
+    end_on_plateau: bool = False  # a plateau reset also ends the stage
+    mixture: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(DOMAINS, 1.0))
+    levels: Mapping[str, float] = field(
+        default_factory=lambda: {"easy": 1.0, "middle": 1.0, "hard": 1.0}
+    )
+    reset: ResetSettings = field(default_factory=ResetSettings)
+    reset_at_start: bool = False
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # e.g. {"loss.kl_coef": 1e-3}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    seed: int = 0
+    total_steps: int = 2000
+    model: ModelSettings = field(default_factory=ModelSettings)
+    mesh: MeshSettings = field(default_factory=MeshSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    update: UpdateSettings = field(default_factory=UpdateSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    verifiers: VerifierSettings = field(default_factory=VerifierSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    stages: tuple[StageSettings, ...] = (StageSettings(),)
+
+
+# Settings that may differ when a workdir is continued.
+MAY_CHANGE = ("total_steps", "metrics", "checkpoint", "verifiers")
+_OVERRIDABLE = ("rollout", "loss", "optimizer", "update")
+
+
+def build(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
+    """The settings dataclass `cls` from a nested mapping.
+
+    Raises:
+      ValueError: an unknown key (the nearest known one is suggested) or a value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    built = {}
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+            hint = f"did you mean {where + near[0]!r}?" if near else f"known: {', '.join(hints)}."
+            raise ValueError(f"config: unknown setting {where + key!r}; {hint}")
+        built[key] = _convert(hints[key], value, where + key)
+    return cls(**built)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if isinstance(value, Mapping):
+            return build(hint, value, where + ".")
+    elif typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        item = typing.get_args(hint)[0]
+        return tuple(_convert(item, v, f"{where}.{i}") for i, v in enumerate(value))
+    elif typing.get_origin(hint) is Mapping and isinstance(value, Mapping):
+        item = typing.get_args(hint)[1]
+        return {
+            k: v if item is Any else _convert(item, v, f"{where}.{k}") for k, v in value.items()
+        }
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is hint:
+        return value
+    name = hint.__name__ if isinstance(hint, type | types.GenericAlias) else str(hint)
+    raise ValueError(f"config: {where!r} expects {name}, got {value!r}.")
+
+
+def to_dict(config: Any) -> Any:
+    """Nested plain values, as written to config.json."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def for_stage(run: RunConfig, index: int) -> RunConfig:
+    """The run's settings with the overrides of one stage applied."""
+    values = to_dict(run)
+    for key, value in run.stages[index].overrides.items():
+        section, _, name = key.partition(".")
+        if section not in _OVERRIDABLE or name not in values[section]:
+            raise ValueError(
+                f"config: 'stages.{index}.overrides' names {key!r}; expected a setting of "
+                f"{', '.join(_OVERRIDABLE)}, such as 'loss.kl_coef'."
+            )
+        values[section][name] = value
+    return build(RunConfig, values)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads an experiment file and applies `key=value` overrides such as `loss.clip_high=0.3`.
+
+    Raises:
+      ValueError: no such file, no get_config() in it, a bad override, or settings that do not fit.
+    """
+    path = Path(path)
+    spec = importlib.util.spec_from_file_location("experiment", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"--config: expected a Python file, found none at {str(path)!r}.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"--config: {str(path)!r} defines no get_config(); add one.")
+    values = module.get_config().to_dict()
+    for override in overrides:
+        _set(values, override)
+    run = build(RunConfig, values)
+    check(run)
+    return run
+
+
+def parse(argv: Sequence[str], *, workdir: bool = False) -> tuple[RunConfig, Path]:
+    """Settings, and the workdir where it is asked for, from a command line.
+
+    Raises:
+      ValueError: an unknown argument, or settings that `load` refuses.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="experiment file with get_config()")
+    if workdir:
+        parser.add_argument("--workdir", required=True, type=Path, help="where the run is kept")
+    args, rest = parser.parse_known_args(argv)
+    unknown = [arg for arg in rest if not arg.startswith("--config.")]
+    if unknown:
+        raise ValueError(
+            f"unknown argument {unknown[0]!r}; settings are given as --config.KEY=VALUE."
+        )
+    run = load(args.config, [arg.removeprefix("--config.") for arg in rest])
+    return run, args.workdir if workdir else Path()
+
+
+def _set(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"--config.{key}: expected --config.{key}=VALUE.")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False}.get(text.lower(), text)
+    *sections, name = key.split(".")
+    node: Any = values
+    for section in sections:
+        if isinstance(node, list | tuple) and section.isdigit() and int(section) < len(node):
+            node = node[int(section)]
+        elif isinstance(node, dict):
+            node = node.setdefault(section, {})
+        else:
+            raise ValueError(f"--config.{key}: {section!r} does not exist.")
+    if not isinstance(node, dict):
+        raise ValueError(f"--config.{key}: {sections[-1]!r} holds a single value, not settings.")
+    node[name] = value
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"config: {message}")
+
+
+def check(run: RunConfig) -> None:
+    """Refuses settings that cannot work together.
+
+    Raises:
+      ValueError: says which setting, what was expected and what came.
+    """
+    _require(run.total_steps >= 0, f"'total_steps' must be 0 or more, got {run.total_steps}.")
+    _require(len(run.stages) > 0, "'stages' is empty; give at least one stage.")
+    _require(
+        run.model.dtype in ("float32", "bfloat16"),
+        f"'model.dtype' must be float32 or bfloat16, got {run.model.dtype!r}.",
+    )
+    wandb = run.metrics.wandb
+    _require(
+        wandb in ("off", "offline", "online"),
+        f"'metrics.wandb' must be off, offline or online, got {wandb!r}.",
+    )
+    for index, stage in enumerate(run.stages):
+        _check_sizes(for_stage(run, index))
+        last = index == len(run.stages) - 1
+        ends = stage.steps > 0 or stage.end_on_plateau
+        _require(last or ends, f"'stages.{index}' never ends, but a stage follows; set its steps.")
+        for name in stage.mixture:
+            _require(
+                name in DOMAINS,
+                f"'stages.{index}.mixture' names {name!r}; expected one of {', '.join(DOMAINS)}.",
+            )
+        for key, weights in (("mixture", stage.mixture), ("levels", stage.levels)):
+            _require(
+                sum(weights.values()) > 0 and min(weights.values()) >= 0,
+                f"'stages.{index}.{key}' has no positive weight, so there is no data to draw.",
+            )
+
+
+def _check_sizes(run: RunConfig) -> None:
+    rollout, update, loss, mesh = run.rollout, run.update, run.loss, run.mesh
+    positive = {
+        "rollout.prompts_per_step": rollout.prompts_per_step,
+        "rollout.max_sampling_rounds": rollout.max_sampling_rounds,
+        "rollout.max_response_len": rollout.max_response_len,
+        "rollout.temperature": rollout.temperature,
+        "update.num_minibatches": update.num_minibatches,
+        "update.micro_batch_rows": update.micro_batch_rows,
+        "optimizer.learning_rate": run.optimizer.learning_rate,
+        "optimizer.max_grad_norm": run.optimizer.max_grad_norm,
+        "validation.every": run.validation.every,
+        "validation.samples": run.validation.samples,
+        "validation.final_samples": run.validation.final_samples,
+        "verifiers.num_workers": run.verifiers.num_workers,
+        "checkpoint.every": run.checkpoint.every,
+        "checkpoint.keep": run.checkpoint.keep,
+        "mesh.data": mesh.data,
+        "mesh.fsdp": mesh.fsdp,
+        "mesh.tensor": mesh.tensor,
+    }
+    for name, value in positive.items():
+        _require(
+            value > 0 and math.isfinite(value), f"{name!r} must be greater than 0, got {value}."
+        )
+    _require(
+        rollout.group_size >= 2,
+        f"'rollout.group_size' must be at least 2, got {rollout.group_size}: "
+        "an advantage compares the responses of a group.",
+    )
+    _require(
+        rollout.prompts_per_step % update.num_minibatches == 0,
+        f"'rollout.prompts_per_step' ({rollout.prompts_per_step}) must be a multiple of "
+        f"'update.num_minibatches' ({update.num_minibatches}).",
+    )
+    row_devices = mesh.data * mesh.fsdp
+    for name, value in (
+        ("rollout.prompts_per_step", rollout.prompts_per_step),
+        ("update.micro_batch_rows", update.micro_batch_rows),
+    ):
+        _require(
+            value % row_devices == 0,
+            f"{name!r} ({value}) must be a multiple of mesh.data * mesh.fsdp ({row_devices}).",
+        )
+    longest = rollout.max_prompt_len + rollout.max_response_len
+    _require(
+        update.row_len >= longest,
+        f"'update.row_len' ({update.row_len}) must hold rollout.max_prompt_len + "
+        f"rollout.max_response_len ({longest}).",
+    )
+    _require(
+        0 < loss.clip_low < 1 and loss.clip_high > 0,
+        f"'loss.clip_low' must be in (0, 1) and 'loss.clip_high' positive, "
+        f"got {loss.clip_low} and {loss.clip_high}.",
+    )
+    _require(
+        loss.kl_estimator in ("k2", "k3"),
+        f"'loss.kl_estimator' must be k2 or k3, got {loss.kl_estimator!r}.",
+    )
+
+
+def refuse_other(run: RunConfig, saved: Mapping[str, Any], workdir: str | Path) -> None:
+    """Raises ValueError where a workdir was made with settings that a run cannot change."""
+    differing = []
+
+    def compare(old: Any, new: Any, where: str) -> None:
+        if where in MAY_CHANGE or old == new:
+            return
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            for key in {**old, **new}:
+                compare(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        else:
+            differing.append(f"{where} ({old!r} there, {new!r} here)")
+
+    compare(saved, to_dict(run), "")
+    if differing:
+        raise ValueError(
+            f"--workdir: {str(workdir)!r} holds a run with other settings: {'; '.join(differing)}; "
+            "give another workdir, or the settings of that run."
+        )

@@ -1,0 +1,85 @@
+import pytest
+
+from prolong_jax.config import RunConfig, build, check, for_stage, load, refuse_other, to_dict
+
+TINY = "experiments/configs/tiny.py"
+
+
+def test_overrides_reach_the_settings():
+    run = load(TINY, ["loss.clip_high=0.3", "metrics.wandb=offline", "stages.0.steps=5", "seed=3"])
+    assert run.loss.clip_high == 0.3 and run.metrics.wandb == "offline"
+    assert run.stages[0].steps == 5 and run.seed == 3
+    assert load(TINY, ["rollout.dynamic_sampling=false"]).rollout.dynamic_sampling is False
+
+
+def test_round_trip():
+    run = load(TINY)
+    assert build(RunConfig, to_dict(run)) == run
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("loss.clip_hihg=0.3", "unknown setting 'loss.clip_hihg'; did you mean 'loss.clip_high'"),
+        ("stages.0.stepz=3", "unknown setting 'stages.0.stepz'; did you mean 'stages.0.steps'"),
+        ("loss.clip_high=big", "'loss.clip_high' expects float, got 'big'"),
+        ("total_steps=1.5", "'total_steps' expects int, got 1.5"),
+        ("stages.7.steps=3", "'7' does not exist"),
+        ("seed", "expected --config.seed=VALUE"),
+        ("seed.x=1", "'seed' expects int, got {'x': 1}"),
+        ("total_steps.x=1", "'total_steps' holds a single value"),
+        ("update.num_minibatches=5", "must be a multiple of 'update.num_minibatches' (5)"),
+        ("mesh.data=5", "must be a multiple of mesh.data * mesh.fsdp (5)"),
+        ("update.row_len=100", "'update.row_len' (100) must hold"),
+        ("rollout.group_size=1", "'rollout.group_size' must be at least 2, got 1"),
+        ("rollout.temperature=0.0", "'rollout.temperature' must be greater than 0"),
+        ("loss.kl_estimator=k1", "'loss.kl_estimator' must be k2 or k3"),
+        ("loss.clip_low=1.0", "'loss.clip_low' must be in (0, 1)"),
+        ("model.dtype=float16", "'model.dtype' must be float32 or bfloat16"),
+        ("metrics.wandb=yes", "'metrics.wandb' must be off, offline or online"),
+        ("stages=[]", "'stages' is empty"),
+        ("stages.0.mixture={'maths': 1.0}", "names 'maths'; expected one of math"),
+        ("stages.0.mixture={'math': 0.0}", "no data to draw"),
+        ("stages.0.steps=0", "'stages.0' never ends"),
+        ("stages.1.overrides={'loss.beta': 1}", "names 'loss.beta'; expected a setting of"),
+        ("stages.1.overrides={'rollout.group_size': 'x'}", "expects int, got 'x'"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_sentence(override, message):
+    with pytest.raises(ValueError) as error:
+        load(TINY, [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="found none at"):
+        load(tmp_path / "nothing.py")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ValueError, match="defines no get_config"):
+        load(tmp_path / "empty.py")
+
+
+def test_stage_overrides_apply_to_their_stage_only():
+    run = load(TINY, ["stages.1.overrides={'loss.kl_coef': 0.5, 'rollout.group_size': 4}"])
+    assert for_stage(run, 1).loss.kl_coef == 0.5 and for_stage(run, 1).rollout.group_size == 4
+    assert for_stage(run, 0).loss == run.loss
+
+
+def test_a_workdir_of_another_run_is_refused():
+    run = load(TINY)
+    saved = to_dict(run)
+    refuse_other(
+        load(TINY, ["total_steps=7", "checkpoint.every=3", "metrics.wandb=offline"]), saved, "w"
+    )
+    with pytest.raises(ValueError, match=r"loss.kl_coef \(0.001 there, 0.01 here\)"):
+        refuse_other(load(TINY, ["loss.kl_coef=0.01"]), saved, "w")
+
+
+def test_defaults_are_those_of_the_paper():
+    run = RunConfig()
+    check(run)
+    assert (run.loss.clip_low, run.loss.clip_high, run.loss.kl_coef) == (0.2, 0.4, 1e-4)
+    assert (run.rollout.prompts_per_step, run.rollout.group_size) == (256, 16)
+    assert run.rollout.temperature == 1.2 and run.optimizer.learning_rate == 2e-6
+    assert run.update.num_minibatches == 4
