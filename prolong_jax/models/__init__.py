@@ -1,0 +1,1 @@
+"""The policy network: decoder, KV cache, and Hugging Face checkpoints in and out."""
