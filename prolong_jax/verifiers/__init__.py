@@ -1,0 +1,97 @@
+"""Verifiers score a response against a reference: pure functions that never raise on any text.
+
+Importing this package is light. A verifier loads its heavy libraries (sympy, reasoning_gym, pint)
+when it first runs, which should be inside a worker of `prolong_jax.verifiers.pool`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import import_module
+from typing import Any
+
+
+class Status(StrEnum):
+    """How the scoring went, beside the score."""
+
+    OK = "ok"  # scored; a wrong or unreadable answer is OK with score 0
+    TIMEOUT = "timeout"  # the response used up its time: score 0, counted
+    ERROR = "error"  # our fault (broken reference, crash): no score of the response
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of one verification."""
+
+    score: float  # in [0, 1]
+    status: Status = Status.OK
+    detail: str = ""  # for people
+
+
+def final_answer_text(response: str) -> str:
+    """The text after the last `</think>`; "" while a `<think>` is still open; else all of it."""
+    opened, closed = response.rfind("<think>"), response.rfind("</think>")
+    if opened > closed:
+        return ""
+    return response if closed < 0 else response[closed + len("</think>") :]
+
+
+def error(detail: str) -> Verdict:
+    """The verdict for a fault of ours."""
+    return Verdict(0.0, Status.ERROR, detail)
+
+
+def _math(response: str, reference: Mapping[str, Any]) -> Verdict:
+    from prolong_jax.verifiers import math
+
+    return math.verify(response, reference)
+
+
+def _code(response: str, reference: Mapping[str, Any]) -> Verdict:
+    from prolong_jax.verifiers import code
+
+    return code.verify(response, reference)
+
+
+def _stem(response: str, reference: Mapping[str, Any]) -> Verdict:
+    from prolong_jax.verifiers import stem
+
+    return stem.verify(response, reference)
+
+
+def _logic(response: str, reference: Mapping[str, Any]) -> Verdict:
+    from prolong_jax.verifiers import logic
+
+    return logic.verify(response, reference)
+
+
+def _instruct(response: str, reference: Mapping[str, Any]) -> Verdict:
+    from prolong_jax.verifiers import instruct
+
+    return instruct.verify(response, reference)
+
+
+VERIFIERS: dict[str, Callable[[str, Mapping[str, Any]], Verdict]] = {
+    "math": _math,
+    "code": _code,
+    "stem": _stem,
+    "logic": _logic,
+    "instruct": _instruct,
+}
+
+
+def warm_up(name: str) -> None:
+    """Loads what the verifier needs and tries it once; raises what stands in its way.
+
+    Raises:
+      ValueError: unknown verifier, or it does not give full marks to a right answer.
+    """
+    if name not in VERIFIERS:
+        raise ValueError(f"verifier: expected one of {', '.join(VERIFIERS)}, got {name!r}.")
+    response, reference = import_module(f"{__name__}.{name}").EXAMPLE
+    verdict = VERIFIERS[name](response, reference)
+    if verdict.score != 1.0:
+        raise ValueError(
+            f"verifier {name}: expected score 1 for its example, got {verdict.score} "
+            f"({verdict.status}: {verdict.detail})."
+        )

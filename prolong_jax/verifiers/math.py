@@ -1,0 +1,228 @@
+r"""Mathematical answers: math-verify behind guards; binary.
+
+Extraction: the last `\boxed{...}` with balanced braces in the final answer text (of nested boxes
+the outer one). Nothing else counts as an answer.
+
+Time: no alarm is set here. A hostile answer that slips through the guards runs until the worker
+pool kills it, so call this from a pool worker.
+"""
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from prolong_jax.verifiers import Verdict, error, final_answer_text
+
+PROMPT_SUFFIX = "Let's think step by step and output the final answer within \\boxed{}."
+EXAMPLE = (r"</think>\boxed{\frac{2}{4}}", {"answer": r"\frac{1}{2}"})
+
+MAX_CHARS = 1000  # of an answer
+MAX_DEPTH = 20  # of brackets
+MAX_EXPONENT = 10_000
+MAX_FACTORIAL = 1000
+SMALL = 1e-3  # below, math-verify's rounding to six decimals is too coarse
+RELATIVE_TOLERANCE = 1e-5
+
+_BOX_TOKEN = re.compile(r"\\boxed\s*+\{|\\.|[{}]", re.DOTALL)
+_INTEGER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)")
+_DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)\.[0-9]+")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_LITERAL = re.compile(r"[0-9]+")
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the `\boxed{...}` that closes last, or None; linear time."""
+    opened: list[tuple[int, bool]] = []  # where the content starts, whether it is a box
+    found = None
+    for token in _BOX_TOKEN.finditer(text):
+        if token[0] == "}":
+            start, is_box = opened.pop() if opened else (0, False)
+            found = (start, token.start()) if is_box else found
+        elif token[0].endswith("{") and token[0] != r"\{":
+            opened.append((token.end(), token[0] != "{"))
+    return None if found is None else text[found[0] : found[1]]
+
+
+def verify(response: str, reference: Mapping[str, Any]) -> Verdict:
+    r"""Score 1 if the last complete box equals `reference["answer"]`, else 0.
+
+    Status ERROR if the reference has no answer that can be parsed.
+    """
+    gold = reference.get("answer")
+    if not isinstance(gold, (str, int, float)) or not str(gold).strip():
+        return error(f"math: expected an answer in the reference, got {gold!r}")
+    answer = last_boxed(final_answer_text(response))
+    if answer is None:
+        return Verdict(0.0, detail="no complete \\boxed{}")
+    return compare(answer, str(gold))
+
+
+def compare(answer: str, gold: str) -> Verdict:
+    """Score 1 if the two expressions are equal, else 0; plain numbers without sympy.
+
+    Plain integers are compared exactly, plain decimals to a relative 1e-5. Identical strings are
+    equal. What would take too long to evaluate is refused before it is parsed (score 0).
+    """
+    answer, gold = _strip(answer), _strip(gold)
+    if not answer:
+        return Verdict(0.0, detail="empty answer")
+    if answer == gold:
+        return Verdict(1.0)
+    told, true = _plain_number(answer), _plain_number(gold)
+    if told is not None and true is not None:
+        exact = told.denominator == true.denominator == 1
+        close = told == true or (
+            not exact and abs(told - true) <= Fraction(RELATIVE_TOLERANCE) * abs(true)
+        )
+        return Verdict(float(close))
+    reason = refusal(answer)
+    if reason:
+        return Verdict(0.0, detail=f"refused: {reason}")
+    return _compare_symbolic(answer, gold)
+
+
+def _strip(text: str) -> str:
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] == "$":
+        text = text.strip("$").strip()
+    return text.replace(r"\!", "").replace("{,}", ",").removesuffix(".")
+
+
+def _plain_number(text: str) -> Fraction | None:
+    text = text.replace("−", "-")
+    if len(text) > MAX_CHARS or not (_INTEGER.fullmatch(text) or _DECIMAL.fullmatch(text)):
+        return None
+    return Fraction(text.replace(",", ""))
+
+
+def _compare_symbolic(answer: str, gold: str) -> Verdict:
+    import math_verify
+
+    true = _parse_gold(gold)
+    if not true:
+        return error(f"math: the answer of the reference cannot be parsed: {gold[:200]!r}")
+    told = math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=_no_limit())
+    equal = math_verify.verify(list(true), told, timeout_seconds=None)
+    return Verdict(float(equal and not _differ_when_small(told[0], true[0])))
+
+
+@lru_cache(maxsize=4096)
+def _parse_gold(gold: str) -> tuple[Any, ...]:
+    import math_verify
+
+    if refusal(gold):
+        return ()
+    return tuple(math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=_no_limit()))
+
+
+def _no_limit() -> Any:
+    """No alarm (the library annotates the setting as int, and documents None)."""
+    return None
+
+
+def _differ_when_small(answer: Any, gold: Any) -> bool:
+    """Whether two numbers that math-verify rounds to the same six decimals differ after all."""
+    import sympy
+
+    if not all(isinstance(side, sympy.Expr) and side.is_number for side in (answer, gold)):
+        return False
+    try:
+        told, true = complex(answer), complex(gold)
+    except (TypeError, ValueError, OverflowError):
+        return False  # infinite or undefined: nothing to compare
+    if max(abs(told), abs(true)) >= SMALL:
+        return False
+    return abs(told - true) > RELATIVE_TOLERANCE * abs(true)
+
+
+def refusal(text: str) -> str:
+    """Why an expression must not be parsed, "" if it may; linear time.
+
+    The guards are rules of thumb about size, so that ordinary hostile answers cost nothing; the
+    deadline of the pool is behind them.
+    """
+    if len(text) > MAX_CHARS:
+        return f"longer than {MAX_CHARS} characters"
+    plain = text.replace("**", "^").replace("\\left", "").replace("\\right", "")
+    plain = re.sub(r"\s+", "", plain).translate(str.maketrans("{}[]", "()()"))
+    groups, depth = _groups(plain)
+    if depth > MAX_DEPTH:
+        return f"brackets nested deeper than {MAX_DEPTH}"
+    if re.search(r"[0-9.][eE][+-]?[0-9]{5}", plain):
+        return "huge exponent"
+    for position, character in enumerate(plain):
+        if character == "^" and (reason := _power_refusal(plain, position, groups)):
+            return reason
+        if character == "!" and _is_huge_factorial(plain, position, groups):
+            return "huge factorial"
+    return ""
+
+
+def _groups(plain: str) -> tuple[dict[int, int], int]:
+    """The matching bracket of each bracket, and the deepest nesting."""
+    groups: dict[int, int] = {}
+    opened: list[int] = []
+    depth = 0
+    for position, character in enumerate(plain):
+        if character == "(":
+            opened.append(position)
+            depth = max(depth, len(opened))
+        elif character == ")" and opened:
+            start = opened.pop()
+            groups[start], groups[position] = position, start
+    return groups, depth
+
+
+def _power_refusal(plain: str, position: int, groups: dict[int, int]) -> str:
+    start = position + 1
+    if plain[start : start + 1] in ("+", "-"):
+        start += 1
+    if start in groups:
+        end = groups[start] + 1
+    else:
+        literal = _LITERAL.match(plain, start)
+        end = literal.end() if literal else start + 1
+    exponent = _COMMAND.sub("*", plain[start:end])
+    numeric = not re.search("[A-Za-z]", exponent)
+    if numeric and ("^" in exponent or plain[end : end + 1] == "^"):
+        return "tower of powers"
+    if "!" in exponent and _LITERAL.search(exponent):
+        return "factorial in an exponent"
+    size = _size(exponent)
+    base = groups.get(position - 1)
+    if base is not None and plain[position - 1] == ")":
+        for raised in re.findall(r"\^\(?[+-]?([0-9]+)", plain[base:position]):
+            size *= max(1, int(raised))
+    return "huge exponent" if size > MAX_EXPONENT else ""
+
+
+def _size(exponent: str) -> int:
+    """A bound for the value of an exponent: a product if it multiplies, else the largest number."""
+    numbers = [int(number) for number in _LITERAL.findall(exponent)]
+    multiplies = "*" in exponent or ")(" in exponent or re.search(r"[0-9)]\(", exponent)
+    if not multiplies:
+        return max(numbers, default=1)
+    size = 1
+    for number in numbers:
+        size *= max(1, number)
+    return size
+
+
+def _is_huge_factorial(plain: str, position: int, groups: dict[int, int]) -> bool:
+    before = plain[position - 1 : position]
+    if before == "!":
+        return True  # of a factorial
+    start = groups.get(position - 1) if before == ")" else None
+    argument = _trailing_digits(plain, position) if start is None else plain[start:position]
+    numbers = [int(number) for number in _LITERAL.findall(argument)]
+    grows = bool(re.search(r"[*^!\\]|[0-9)]\(", argument))
+    return max(numbers, default=0) > MAX_FACTORIAL or (grows and bool(numbers))
+
+
+def _trailing_digits(plain: str, end: int) -> str:
+    start = end
+    while start > 0 and plain[start - 1].isdecimal():
+        start -= 1
+    return plain[start:end]

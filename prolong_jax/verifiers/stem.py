@@ -1,0 +1,168 @@
+r"""Science answers: multiple choice, numbers with units, else symbolic through math; binary.
+
+Multiple choice (the reference has `options`): the last complete `\boxed{...}` must hold exactly one
+capital letter, bare or inside `\text{}`, `\textbf{}`, `\mathrm{}`, `\mathbf{}` or round brackets, with
+or without a final full stop. Only where there is no complete box, the last non-empty line may
+instead read "Answer: B" ("The final answer is (B)." and the like). Anything else, as "B or C", is
+wrong.
+
+Numbers: the last complete box. The value must lie within a relative tolerance (`rel_tol`, default
+1%) of the reference after conversion to its unit (pint knows the units; "0.084 km" is "84 m").
+A reference with a unit demands a unit; where pint does not know it, the same words. A reference
+without a unit takes any unit as a remark, save that a per cent sign counts.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from prolong_jax.verifiers import Verdict, error, final_answer_text, math
+
+PROMPT_SUFFIX = math.PROMPT_SUFFIX
+EXAMPLE = (r"</think>\boxed{0.084 \text{ km}}", {"answer": "84 m"})
+
+DEFAULT_REL_TOL = 0.01
+MAX_CHARS = 200  # of a number with its unit
+
+_WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|rm)\s*+\{([^{}]*+)\}")
+_LETTER = re.compile(r"\(?([A-Z])\)?\.?")
+_LETTER_LINE = re.compile(
+    r"(?i:(?:so )?(?:the )?(?:final |correct )?answer(?: is)?)\s*:?\s*\(?([A-Z])\)?\.?"
+)
+
+_FLOAT = r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})++(?:\.[0-9]*+)?|[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)"
+_POWER_OF_TEN = r"10\s*\^\s*\(?(?P<{}>[+-]?[0-9]{{1,3}})\)?"
+_NUMBER = re.compile(
+    rf"(?:(?P<top>{_FLOAT})\s*/\s*(?P<bottom>{_FLOAT})(?![0-9^])"
+    rf"|\((?P<top2>{_FLOAT})\)\s*/\s*\((?P<bottom2>{_FLOAT})\)"
+    rf"|(?P<only_sign>[+-]?){_POWER_OF_TEN.format('only')}"
+    rf"|(?P<value>{_FLOAT})"
+    rf"(?:[eE](?P<e>[+-]?[0-9]{{1,3}})(?![0-9])|\s*\*\s*{_POWER_OF_TEN.format('power')})?)"
+    r"(?P<unit>.*)",
+    re.DOTALL,
+)
+_UNIT = re.compile(r"(?:[A-Za-z%]++(?:\^\(?[+-]?[0-9]{1,2}\)?)?|1(?=\s*/)|[*/()\s])*+")
+_LATEX = [
+    (re.compile(r"\\[,;:! ]|\\quad|~|\u00a0|\u202f"), " "),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\^\s*\{?\s*\\circ\s*\}?\s*|°\s*|\\degree\s*"), " deg"),
+    (re.compile(r"\s*\^\s*\{([^{}]*+)\}"), r"^\1"),
+    (re.compile(r"\\[dt]?frac\s*+\{([^{}]*+)\}\s*+\{([^{}]*+)\}"), r"(\1)/(\2)"),
+    (re.compile(r"\\(?:times|cdot)(?![A-Za-z])|[×·⋅∙]|\*\*(?=\s*10)"), "*"),
+    (re.compile(r"\\mu\s*|[µμ]"), "u"),
+    (re.compile(r"\\Omega(?![A-Za-z])|[ΩΩ]"), "ohm"),
+    (re.compile(r"Å|\\AA(?![A-Za-z])"), "angstrom"),
+    (re.compile(r"\\%"), "%"),
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"\\(?:approx|left|right)(?![A-Za-z])|≈|\$"), " "),
+    (re.compile(r"−"), "-"),
+    (re.compile(r"²"), "^2"),
+    (re.compile(r"³"), "^3"),
+]
+_NAMED = re.compile(r"[A-Za-z][A-Za-z_0-9{}]{0,20}\s*=\s*")
+
+
+def verify(response: str, reference: Mapping[str, Any]) -> Verdict:
+    """Score 1 if the answer agrees with `reference["answer"]` under the rules above, else 0."""
+    gold = reference.get("answer")
+    if not isinstance(gold, (str, int, float)) or not str(gold).strip():
+        return error(f"stem: expected an answer in the reference, got {gold!r}")
+    text, gold = final_answer_text(response), str(gold).strip()
+    if reference.get("options"):
+        return _verify_choice(text, gold, len(reference["options"]))
+    rel_tol = reference.get("rel_tol")
+    rel_tol = DEFAULT_REL_TOL if rel_tol is None else rel_tol
+    if not isinstance(rel_tol, (int, float)) or not 0 <= rel_tol < 1:
+        return error(f"stem: expected rel_tol in [0, 1), got {rel_tol!r}")
+    answer = math.last_boxed(text)
+    if answer is None:
+        return Verdict(0.0, detail="no complete \\boxed{}")
+    true, told = parse_quantity(gold), parse_quantity(answer)
+    if true is None or told is None:
+        return math.compare(answer, gold)
+    return _compare_quantities(told, true, float(rel_tol))
+
+
+def extract_letter(text: str) -> str | None:
+    """The letter that a final answer text chooses, by the rule of this module, else None."""
+    box = math.last_boxed(text)
+    if box is not None:
+        found = _LETTER.fullmatch(_WRAPPED.sub(r"\1", box).strip())
+        return found[1] if found else None
+    lines = text.strip().splitlines()
+    found = _LETTER_LINE.fullmatch(lines[-1].strip()[:MAX_CHARS]) if lines else None
+    return found[1] if found else None
+
+
+def _verify_choice(text: str, gold: str, num_options: int) -> Verdict:
+    letters = [chr(ord("A") + i) for i in range(min(num_options, 26))]
+    if gold not in letters:
+        return error(f"stem: expected the answer to be one of {''.join(letters)}, got {gold!r}")
+    letter = extract_letter(text)
+    return Verdict(float(letter == gold), detail="" if letter else "no single letter")
+
+
+def parse_quantity(text: str) -> tuple[float, str] | None:
+    """The number and the unit ("" if none) that a text consists of, or None if it is no number."""
+    if len(text) > MAX_CHARS:
+        return None
+    text = _WRAPPED.sub(r" \1 ", text)
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
+    text = _NAMED.sub("", text.strip().removesuffix("."), count=1).strip()
+    found = _NUMBER.fullmatch(text)
+    if found is None:
+        return None
+    unit = re.sub(r"\s+", " ", found["unit"]).strip()
+    if unit and not _UNIT.fullmatch(unit):
+        return None
+    value = _value(found)
+    return None if value is None else (value, unit)
+
+
+def _value(found: re.Match[str]) -> float | None:
+    top, bottom = found["top"] or found["top2"], found["bottom"] or found["bottom2"]
+    if top:
+        below = _float(bottom)
+        return _float(top) / below if below else None
+    if found["only"]:
+        return float(f"{found['only_sign']}1e{found['only']}")
+    return float(f"{found['value'].replace(',', '')}e{found['e'] or found['power'] or 0}")
+
+
+def _float(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def _compare_quantities(
+    told: tuple[float, str], true: tuple[float, str], rel_tol: float
+) -> Verdict:
+    value, unit = told
+    gold, gold_unit = true
+    if gold_unit and not unit:
+        return Verdict(0.0, detail=f"unit missing, expected {gold_unit}")
+    if gold_unit and unit != gold_unit:
+        converted = _convert(value, unit, gold_unit)
+        if converted is None:
+            return Verdict(0.0, detail=f"unit {unit} where {gold_unit} was expected")
+        value = converted
+    elif unit == "%" and not gold_unit:
+        value /= 100
+    return Verdict(float(abs(value - gold) <= rel_tol * abs(gold)))
+
+
+@lru_cache(maxsize=1)
+def _registry() -> Any:
+    import pint
+
+    return pint.UnitRegistry()
+
+
+def _convert(value: float, unit: str, to: str) -> float | None:
+    """The value in another unit, or None where the units are unknown or do not fit."""
+    registry = _registry()
+    try:
+        return float(registry.Quantity(value, registry.parse_units(unit)).to(to).magnitude)
+    except Exception:  # pint raises a dozen unrelated kinds on odd unit names
+        return None

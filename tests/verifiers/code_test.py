@@ -1,0 +1,249 @@
+"""Programs of responses: scores, comparison, and what hostile code gains (nothing)."""
+
+import os
+import subprocess
+import tempfile
+import time
+
+import pytest
+
+from prolong_jax.verifiers import Status, code, sandbox
+
+INPUTS, OUTPUTS = [[1], [2], [3], [4]], [2, 4, 6, 8]
+
+
+def run(body: str, inputs=None, outputs=None, **settings):
+    reference = {
+        "fn_name": "f",
+        "inputs": INPUTS if inputs is None else inputs,
+        "outputs": OUTPUTS if outputs is None else outputs,
+        **settings,
+    }
+    return code.verify(f"<think>no</think>So:\n```python\n{body}\n```\n", reference)
+
+
+def run_script(body: str, inputs: list[str], outputs: list[str], **settings):
+    reference = {"inputs": inputs, "outputs": outputs, **settings}
+    return code.verify(f"```python\n{body}\n```", reference)
+
+
+def test_the_score_is_the_share_of_all_tests():
+    assert run("def f(x): return 2 * x").score == 1.0
+    assert run("def f(x): return 2 * x if x != 2 else 0").score == 0.75
+    assert run("def f(x): return 4").score == 0.25
+    assert run("def f(x): return None").score == 0.0
+    assert run("class Solution:\n    def f(self, x): return 2 * x").score == 1.0
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["def f(x: return 2", "import no_such_module", "raise SystemExit(0)", "def g(x): return 2 * x"],
+)
+def test_code_that_does_not_load_scores_zero(body):
+    verdict = run(body)
+    assert verdict.score == 0.0 and verdict.status == Status.OK
+
+
+@pytest.mark.parametrize(
+    "response",
+    ["def f(x): return 2 * x", "```python\n```", "<think>```python\ndef f(x): return 2*x\n```", ""],
+)
+def test_only_a_code_block_of_the_final_text_counts(response):
+    reference = {"fn_name": "f", "inputs": INPUTS, "outputs": OUTPUTS}
+    verdict = code.verify(response, reference)
+    assert verdict.score == 0.0 and verdict.status == Status.OK
+
+
+def test_the_last_block_counts():
+    two = "```python\na\n```\n```python\nb\n```\ntext ```c\n```"
+    assert code.extract_code(two) == "b"
+    assert code.extract_code("```python\nopen end") == "open end"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "raise ValueError",
+        "raise SystemExit(0)",
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "import os; os.kill(os.getpid(), 9)",
+        "return f(x)",
+        "raise KeyboardInterrupt",
+        "return object()",
+        "b = [0] * 10**10",
+        "return 'x' * 10**8",
+    ],
+)
+def test_a_fault_in_one_test_fails_that_test_alone(fault):
+    verdict = run(f"def f(x):\n    if x == 2:\n        {fault}\n    return 2 * x")
+    assert verdict.score == 0.75 and verdict.status == Status.OK, verdict
+
+
+def test_an_endless_loop_is_a_timeout_and_leaves_nothing():
+    marker = "1234.5678"
+    body = f"import subprocess\ndef f(x):\n    subprocess.Popen(['sleep', '{marker}'])\n"
+    verdict = run(body + "    while True: pass", time_limit_s=1.0)
+    assert verdict.status == Status.TIMEOUT and verdict.score == 0.0
+    end = time.monotonic() + 60.0
+    while marker in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout:
+        assert time.monotonic() < end  # it was killed before, but may take its time to go
+        time.sleep(0.02)
+
+
+def test_a_hung_import_is_a_timeout_too():
+    verdict = run("import time\ntime.sleep(60)", time_limit_s=0.5)
+    assert verdict.status == Status.TIMEOUT
+
+
+def test_equality_overrides_gain_nothing():
+    forged = "class L(list):\n    __eq__ = lambda s, o: True\n    __len__ = lambda s: 4\n"
+    assert run(forged + "def f(x): return L([1])", outputs=[[0]] * 4).score == 0.0
+    forged = "class I(int):\n    __eq__ = lambda s, o: True\n    __repr__ = lambda s: '2'\n"
+    assert run(forged + "def f(x): return I(99)").score == 0.0
+    assert run("class L(list): pass\ndef f(x): return L([x])", outputs=[[1]] * 4).score == 0.25
+
+
+def test_printing_gains_nothing():
+    body = "import sys, os\n"
+    body += "for fd in range(3, 20):\n    try: os.write(fd, b'0 2\\n1 4\\nE \\n')\n"
+    body += "    except OSError: pass\nprint('0 2', flush=True)\ndef f(x): print(2); return 0"
+    assert run(body).score == 0.0
+
+
+def test_expected_outputs_never_reach_the_child():
+    """The program looks through all that its process holds for the expected output."""
+    secret = "expected-output-734921"
+    body = (
+        "import gc, sys\n"
+        "def f(x):\n"
+        "    frame, seen = sys._getframe(), []\n"
+        "    while frame:\n"
+        "        seen += [repr(frame.f_locals), repr(frame.f_globals)]\n"
+        "        frame = frame.f_back\n"
+        "    seen += [repr(o)[:10000] for o in gc.get_objects() if isinstance(o, (dict, list))]\n"
+        "    whole = ' '.join(seen) + open('/proc/self/cmdline').read()\n"
+        "    part = 'output-7349'\n"
+        "    at = whole.replace(part + \"'\", '').find('expected-' + part)\n"
+        "    return whole[at:at + 22] if at >= 0 else 'not found'\n"
+    )
+    verdict = run(body, inputs=[[1], [2]], outputs=[secret, "not found"])
+    assert verdict.score == 0.5, verdict
+
+
+def test_the_environment_is_empty(monkeypatch):
+    monkeypatch.setenv("PROLONG_SECRET_TOKEN", "hush")
+    body = "import os\ndef f(x): return [os.environ.get('PROLONG_SECRET_TOKEN'), len(os.listdir())]"
+    assert run(body, inputs=[[1]], outputs=[[None, 0]]).score == 1.0
+    names = "import os\ndef f(x): return sorted(set(os.environ) - {'LC_CTYPE'})"
+    assert run(names, inputs=[[1]], outputs=[[]]).score == 1.0
+
+
+def test_memory_files_and_answers_are_bounded():
+    body = "def f(x):\n    b = bytearray(4 << 30)\n    return 2 * x"
+    assert run(body).score == 0.0
+    body = "import os\nfile = os.memfd_create('file')\n"
+    body += "def f(x): return os.pwrite(file, bytes(x << 20), 0) >> 20"
+    assert run(body, inputs=[[16], [20]], outputs=[16, 16]).score == 1.0
+    flood = "def f(x): return 'x' * (100 << 20)"
+    assert run(flood, time_limit_s=3.0).score == 0.0
+
+
+def test_the_working_folder_takes_no_files(tmp_path, monkeypatch):
+    """Nothing is there, nothing can be put there, nothing is left behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    sandbox._empty_folder.cache_clear()
+    body = "import os\ndef f(name):\n    if name: open(name, 'w')\n    return os.listdir()"
+    assert run(body, inputs=[[""], ["a"], [""]], outputs=[[], [], []]).score == 2 / 3
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "got, want, same",
+    [
+        (1, 1, True),
+        (True, 1, False),
+        (1, True, False),
+        (True, True, True),
+        (1.0, 1, False),
+        (1, 1.0, True),
+        (0.1 + 0.2, 0.3, True),
+        (0.31, 0.3, False),
+        (float("nan"), 0.3, False),
+        ("1", 1, False),
+        (None, None, True),
+        (0, None, False),
+        ([1, [2.0, "a"]], [1, [2.0, "a"]], True),
+        ([1, 2], [1, 2, 3], False),
+        ({"a": 1}, {"a": 1}, True),
+        ({"a": 1, "b": 2}, {"a": 1}, False),
+        (10**400, 1.0, False),
+    ],
+)
+def test_values_are_compared_by_type(got, want, same):
+    assert code.same_value(got, want) is same
+
+
+def test_values_of_all_kinds_come_back():
+    values = [None, True, -7, 10**30, 1.5, 'é\n"\\\ud800', [1, [2]], {"a": [None], "3": 1.0}]
+    body = "def f(x): return x"
+    assert run(body, inputs=[[v] for v in values], outputs=values).score == 1.0
+    body = "def f(x): return (1, (2, 3)), {3: 'a'}"
+    assert run(body, inputs=[[1]], outputs=[[[1, [2, 3]], {"3": "a"}]]).score == 1.0
+
+
+def test_scripts_read_and_print():
+    tests = (["3\n1 2 3\n", "1\n5\n"], ["6\n", "5"])
+    body = "n = int(input())\nprint(sum(map(int, input().split())))"
+    assert run_script(body, *tests).score == 1.0
+    body = "import sys\nd = sys.stdin.buffer.read().split()\nprint(sum(map(int, d[1:])), ' ')"
+    assert run_script(body, *tests).score == 1.0
+    body = "import os\nd = os.read(0, 99).split()\nos.write(1, b'%d' % sum(map(int, d[1:])))"
+    assert run_script(body, *tests).score == 1.0
+    body = "def main():\n    print(6)\nif __name__ == '__main__':\n    main()\n    exit(0)"
+    assert run_script(body, *tests).score == 0.5
+    assert run_script("print(6)\nraise ValueError", *tests).score == 0.0
+    body = "import threading\nthreading.Thread(target=lambda: print(6)).start()"
+    if os.geteuid() == 0:  # other uids may have used up their processes
+        assert run_script(body, *tests).score == 0.5
+
+
+@pytest.mark.parametrize(
+    "got, want, same",
+    [
+        ("a \nb\n\n", "a\nb", True),
+        ("a b", "a  b", True),
+        ("0.33333333", "0.333333333", True),
+        ("0.34", "0.33", False),
+        ("3.0", "3", False),
+        ("3", "3.0", True),
+        ("a\nb", "a b", False),
+        ("", "a", False),
+        ("nan", "0.5", False),
+    ],
+)
+def test_printed_texts_are_compared_by_token(got, want, same):
+    assert code.same_text(got, want) is same
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        {},
+        {"inputs": [], "outputs": [], "fn_name": "f"},
+        {"inputs": [[1]], "outputs": [1, 2], "fn_name": "f"},
+        {"inputs": [1], "outputs": [1], "fn_name": "f"},
+        {"inputs": [[1]], "outputs": [1]},
+    ],
+)
+def test_malformed_tests_are_our_error(reference):
+    assert code.verify("```python\ndef f(x): return x\n```", reference).status == Status.ERROR
+
+
+def test_equal_code_runs_once(monkeypatch):
+    body = "def f(x): return 2 * x  # run once"
+    assert run(body).score == 1.0
+    monkeypatch.setattr(sandbox, "run_program", None)
+    assert run(body).score == 1.0
+    with pytest.raises(TypeError):
+        run(body + ", not this")

@@ -1,0 +1,310 @@
+"""The worker pool: deadlines, replacement, isolation, statistics, clean ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from prolong_jax.verifiers import VERIFIERS, Status, Verdict, final_answer_text, pool, warm_up
+from prolong_jax.verifiers.pool import Pool
+
+LOOP = (
+    "code",
+    "```python\nwhile True: pass\n```",
+    {"inputs": [""], "outputs": [""], "time_limit_s": 600.0},
+)
+WAIT = (
+    "```python\nimport os, time\ndef f(path):\n"
+    "    while os.path.exists(path): time.sleep(0.01)\n    return 1\n```"
+)
+COUNTDOWN = {"answer": "2*3", "metadata": {"numbers": [2, 3], "target": 6, "expression": "2*3"}}
+TOWER = ("logic", "<answer>9**9**9**9</answer>", {"task": "countdown", "entry": COUNTDOWN})
+
+
+def sum_item(i: int, told: int | None = None):
+    return "math", f"</think>\\boxed{{{i if told is None else told}}}", {"answer": str(i)}
+
+
+def children_of(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True)
+    pairs = [tuple(map(int, line.split())) for line in listed.stdout.splitlines()[1:]]
+    return [child for child, parent in pairs if parent == pid]
+
+
+def workers() -> list[int]:
+    """The workers among this process's children."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True)
+    rows = [line.split(None, 2) for line in listed.stdout.splitlines()[1:]]
+    return [
+        int(pid)
+        for pid, parent, args in rows
+        if int(parent) == os.getpid() and "-m prolong_jax.verifiers.pool" in args
+    ]
+
+
+def is_running(pid: int) -> bool:
+    command = ["ps", "-o", "stat=", "-p", str(pid)]
+    state = subprocess.run(command, capture_output=True, text=True).stdout
+    return bool(state.strip()) and not state.startswith("Z")
+
+
+def wait_until(condition, limit_s: float = 60.0) -> bool:
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.fixture
+def held():
+    """A file, and an item that is in the middle for as long as the file is there."""
+    handle, name = tempfile.mkstemp()
+    os.close(handle)
+    tests = {"fn_name": "f", "inputs": [[name]], "outputs": [1], "time_limit_s": 600.0}
+    yield Path(name), ("code", WAIT, tests)
+    Path(name).unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def shared_pool():
+    with Pool(2, time_limit_s=60.0) as shared:
+        shared.check(VERIFIERS)
+        yield shared
+
+
+@pytest.mark.parametrize(
+    "text, final",
+    [
+        ("a", "a"),
+        ("<think>a</think>b", "b"),
+        ("a</think>b", "b"),
+        ("<think>a</think>b</think>c", "c"),
+        ("<think>a", ""),
+        ("<think>a</think>b<think>c", ""),
+        ("", ""),
+    ],
+)
+def test_the_final_answer_text(text, final):
+    assert final_answer_text(text) == final
+
+
+def test_importing_the_verifiers_is_light():
+    code = (
+        "import sys, prolong_jax.verifiers.pool as p\n"
+        "from prolong_jax.verifiers import math, stem, logic, instruct, code\n"
+        "heavy = {'jax', 'sympy', 'numpy', 'pint', 'reasoning_gym', 'math_verify', 'langdetect'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
+
+
+def test_all_verifiers_start_and_score(shared_pool):
+    verdicts = shared_pool.score_all([sum_item(3), sum_item(3, 4), ("stem", r"\boxed{1 m}", {})])
+    assert [v.score for v in verdicts] == [1.0, 0.0, 0.0]
+    assert verdicts[2].status == Status.ERROR
+
+
+def test_workers_do_not_load_jax(shared_pool):
+    for pid in workers():
+        assert "jaxlib" not in (Path("/proc") / str(pid) / "maps").read_text()
+
+
+def test_order_of_input_and_of_completion(shared_pool, held):
+    file, item = held
+    items = [item, *(sum_item(i, i + i % 2) for i in range(50))]
+    for i, item in enumerate(items):
+        shared_pool.submit(i, *item)
+    done = shared_pool.as_completed()
+    assert sorted(next(done)[0] for _ in range(50)) == list(range(1, 51))
+    file.unlink()
+    assert [(i, verdict.score) for i, verdict in done] == [(0, 1.0)]
+    expected = [1.0] + [float(i % 2 == 0) for i in range(50)]
+    assert [verdict.score for verdict in shared_pool.score_all(items)] == expected
+    assert shared_pool.poll() == []
+
+
+def test_odd_responses_and_references(shared_pool):
+    odd = ["\x00", "\ud800", "é" * 300_000, "\\boxed{" * 100_000, "<answer>" * 100_000, "```python"]
+    entry = {"task": "chain_sum", "entry": {"question": "", "answer": "2", "metadata": {}}}
+    rules = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    tests = {"inputs": ["1"], "outputs": ["2"]}
+    answer = {"answer": r"\frac{1}{2}"}
+    references = [("math", answer), ("stem", answer), ("logic", entry), ("code", tests)]
+    verdicts = shared_pool.score_all(
+        [(name, text, reference) for text in odd for name, reference in references]
+    )
+    assert all(v == Verdict(0.0, Status.OK, v.detail) for v in verdicts)
+    assert all(v.score for v in shared_pool.score_all([("instruct", t, rules) for t in odd]))
+    with pytest.raises(ValueError, match="JSON"):
+        shared_pool.submit(0, "math", "", {"answer": object()})
+    with pytest.raises(ValueError, match="expected one of math"):
+        shared_pool.submit(0, "maths", "", {})
+
+
+def test_unknown_verifiers_are_refused_at_the_start(shared_pool):
+    with pytest.raises(ValueError, match="expected one of math, .*got 'poetry'"):
+        shared_pool.check(["math", "poetry"])
+    with pytest.raises(ValueError, match="got 'poetry'"):
+        warm_up("poetry")
+    with pytest.raises(ValueError, match="num_workers above 0"):
+        Pool(0, 1.0)
+
+
+def test_a_verifier_that_cannot_start_is_named(tmp_path, monkeypatch):
+    """A broken installation of a library comes first on the path of the workers."""
+    (tmp_path / "math_verify.py").write_text("raise ImportError('half installed')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Pool(2, time_limit_s=5.0) as broken:
+        with pytest.raises(ValueError, match="cannot start: math: ImportError: half installed"):
+            broken.check(["math"])
+        item = ("math", r"\boxed{x+1}", {"answer": "1+x"})
+        (verdict,) = broken.score_all([item])
+        assert verdict.status == Status.ERROR and "half installed" in verdict.detail
+        assert broken.stats()["math"]["errors"] == 1
+
+
+def test_deadlines_count_from_the_start_and_stuck_workers_are_replaced():
+    """Four stuck items on two workers wait in front of good ones, which all score."""
+    others = set(workers())
+    with Pool(2, time_limit_s=1.0) as busy:
+        busy.check(["math", "code", "logic"])
+        before = set(workers()) - others
+        start = time.monotonic()
+        verdicts = busy.score_all([LOOP, TOWER] * 2 + [sum_item(i) for i in range(40)])
+        wall_s = time.monotonic() - start
+        assert [v.status for v in verdicts[:4]] == [Status.TIMEOUT] * 4
+        assert [v.score for v in verdicts] == [0.0] * 4 + [1.0] * 40
+        assert wall_s > 1.9
+        assert not before & set(workers())
+        stats = busy.stats()
+        assert stats["code"]["timeouts"] == 2 and stats["code"]["mean_score"] == 0.0
+        assert stats["math"] == {**stats["math"], "count": 40, "mean_score": 1.0, "errors": 0}
+        assert stats["code"]["busy_s"] > 1.9 and stats["code"]["latency_p50_s"] > 0.9
+
+
+def test_a_worker_killed_in_the_middle_loses_only_its_item(held):
+    file, item = held
+    others = set(workers())
+    with Pool(2, time_limit_s=600.0) as victim:
+        victim.check(["code", "math"])
+        first, second = set(workers()) - others
+        victim.submit("a", *item)
+        victim.submit("b", *item)
+        assert wait_until(lambda: children_of(first) and children_of(second))
+        os.kill(first, signal.SIGKILL)
+        for i in range(20):
+            victim.submit(i, *sum_item(i))
+        done = victim.as_completed()
+        verdicts = dict(next(done) for _ in range(21))  # the other one is still in the middle
+        (lost,) = {"a", "b"} & set(verdicts)
+        assert verdicts[lost].status == Status.ERROR and "died" in verdicts[lost].detail
+        assert all(verdicts[i].score == 1.0 for i in range(20))
+        file.unlink()
+        (last,) = done
+        assert {last[0], lost} == {"a", "b"} and last[1].score == 1.0
+        assert victim.stats()["code"]["errors"] == 1
+        idle = (set(workers()) - others).pop()
+        os.kill(idle, signal.SIGKILL)
+        assert wait_until(lambda: not is_running(idle))
+        assert all(v.score == 1.0 for v in victim.score_all([sum_item(i) for i in range(10)]))
+
+
+def test_strays_of_a_program_are_ended(shared_pool):
+    """A daemon that leaves its process group falls to the worker, which ends it."""
+    marker = "4321.8765"
+    body = f"import subprocess\nsubprocess.Popen(['sleep', '{marker}'], start_new_session=True)\n"
+    body += "def f(x): return x"
+    tests = {"fn_name": "f", "inputs": [[1]], "outputs": [1]}
+    (verdict,) = shared_pool.score_all([("code", f"```python\n{body}\n```", tests)])
+    assert verdict.score == 1.0
+
+    def gone():
+        listed = subprocess.run(["ps", "-eo", "stat,args"], capture_output=True, text=True).stdout
+        return f"sleep {marker}" not in listed
+
+    assert wait_until(gone)
+
+
+def test_closing_ends_busy_workers_and_threads(tmp_path, monkeypatch):
+    others = set(workers())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # of the workers
+    closing = Pool(2, time_limit_s=60.0)
+    closing.check(["code"])
+    mine = set(workers()) - others
+    for i in range(10):
+        closing.submit(i, *LOOP)
+    assert wait_until(lambda: any(children_of(pid) for pid in mine))
+    start = time.monotonic()
+    closing.close()
+    closing.close()
+    assert time.monotonic() - start < 60.0  # a tenth of what is left of an item
+    assert not mine & set(children_of(os.getpid()))
+    assert list(tmp_path.iterdir()) == []
+    assert list(closing.as_completed()) == []
+    with pytest.raises(ValueError, match="closed"):
+        closing.submit(0, *LOOP)
+
+
+def test_workers_and_programs_die_with_a_killed_trainer(tmp_path):
+    script = tmp_path / "trainer.py"
+    script.write_text(
+        "from prolong_jax.verifiers.pool import Pool\n"
+        "print('imported', flush=True)\n"  # once: workers must not import this file again
+        "p = Pool(2, 600.0)\n"
+        f"for i in range(2): p.submit(i, *{LOOP!r})\n"
+        "p.poll(600.0)\n"
+    )
+    root = str(Path(pool.__file__).parents[2])
+    trainer = subprocess.Popen(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": root, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+    )
+
+    def family():
+        return [c for child in children_of(trainer.pid) for c in (child, *children_of(child))]
+
+    assert wait_until(lambda: len(family()) == 4), family()
+    pids = family()
+    trainer.kill()
+    told, _ = trainer.communicate()
+    assert told == b"imported\n"
+    assert wait_until(lambda: not any(map(is_running, pids)))
+    assert list(tmp_path.iterdir()) == [script]
+
+
+def test_overhead_per_item_is_small(shared_pool):
+    """800 simple integers per second on an idle machine; once a quarter of it under load."""
+    items = [sum_item(i, i + i % 3) for i in range(300)]
+    seconds = []
+    while len(seconds) < 20 and min(seconds, default=60.0) > len(items) / 200:
+        start = time.monotonic()
+        verdicts = shared_pool.score_all(items)
+        seconds.append(time.monotonic() - start)
+        assert [v.score for v in verdicts] == [float(i % 3 == 0) for i in range(300)]
+    assert min(seconds) < len(items) / 200, seconds
+
+
+def test_submit_blocks_while_the_queue_is_full(held, monkeypatch):
+    file, item = held
+    monkeypatch.setattr(pool, "MAX_PENDING", 1)
+    with Pool(1, time_limit_s=600.0) as narrow:
+        narrow.submit(0, *item)
+        narrow.submit(1, *sum_item(1))  # once the first has left the queue
+        third = threading.Thread(target=narrow.submit, args=(2, *sum_item(2)))
+        third.start()
+        third.join(timeout=0.3)
+        assert third.is_alive() and narrow.poll() == []
+        file.unlink()
+        third.join()
+        assert [verdict.score for _, verdict in narrow.as_completed()] == [1.0] * 3
