@@ -1,0 +1,223 @@
+"""Where the numbers of a run go: files in the workdir, W&B when asked, and the terminal.
+
+A metrics row is a flat mapping with "step" (0: the evaluation of the base model) and, where known,
+"stage", "stage_index", "reset" (why the reference was reset just before this step, or None) and
+numbers such as "update/entropy" (nats per token), "reward/math" (raw, [0, 1]), "time/sample_s".
+"""
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from prolong_jax.config import DOMAINS
+
+VALIDATION_SETS = (*DOMAINS, "all", "easy_middle", "hard")
+
+
+def read_rows(path: str | Path, last: int | None = None) -> list[dict[str, Any]]:
+    """The last rows (None: all) of a JSON lines file; a half-written last line is left out.
+
+    Raises:
+      ValueError: a line before the last one is no JSON.
+    """
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = deque(file, maxlen=None if last is None else last + 1)
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                message = f"{path}: expected JSON lines, got {line[:60]!r}; remove that line."
+                raise ValueError(message) from error
+    return rows if last is None else rows[max(0, len(rows) - last) :]
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drops the rows after `step`, and a half-written line; the file is whole at any moment."""
+    if not path.exists():
+        return
+    rows = [row for row in read_rows(path) if row["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    """A flat row as strict JSON: numpy numbers are plain ones, NaN and infinities are null."""
+    row = {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
+    lost = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps(row | lost, allow_nan=False) + "\n"
+
+
+class Writer:
+    """Appends to metrics.jsonl and samples.jsonl; a row is with the system before the next step.
+
+    Args:
+      workdir: an existing directory.
+      wandb: "off", "offline" (writes under `workdir`/wandb) or "online".
+      config: nested settings, for W&B.
+      resume_step: rows after this step are dropped; None: the run starts anew, so all are.
+
+    Raises:
+      ValueError: a file in the workdir is no JSON lines, or W&B cannot start.
+    """
+
+    def __init__(
+        self, workdir: Path, *, wandb: str, config: Mapping[str, Any], resume_step: int | None
+    ):
+        paths = [workdir / "metrics.jsonl", workdir / "samples.jsonl"]
+        for path in paths:
+            _forget_after(path, -1 if resume_step is None else resume_step)
+        self._wandb = None if wandb == "off" else _start_wandb(workdir, wandb, config)
+        self._metrics, self._samples = (open(path, "a", encoding="utf-8") for path in paths)
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Writes one metrics row."""
+        self._metrics.write(_json_line(row))
+        self._metrics.flush()
+        if self._wandb is not None:
+            self._wandb.log({key: value for key, value in row.items() if value is not None})
+
+    def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes responses with their verdicts; each row has "step"."""
+        self._samples.writelines(_json_line(row) for row in rows)
+        self._samples.flush()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._samples.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(workdir: Path, mode: str, config: Mapping[str, Any]) -> Any:
+    import wandb  # only when asked: it starts a process
+
+    identity = workdir / "wandb_id"
+    try:
+        run = wandb.init(
+            project="prolong_jax",
+            name=workdir.resolve().name,
+            id=identity.read_text().strip() if identity.exists() else None,
+            resume="allow" if mode == "online" else None,
+            dir=str(workdir),
+            mode="online" if mode == "online" else "offline",
+            config=dict(config),
+            settings=wandb.Settings(console="off"),  # the progress view owns the terminal
+        )
+    except wandb.Error as error:
+        hint = "log in with `wandb login`, or use offline or off"
+        raise ValueError(f"config: 'metrics.wandb' is {mode!r}, but {error}; {hint}.") from error
+    identity.write_text(f"{run.id}\n")
+    run.define_metric("*", step_metric="step")  # W&B's own step cannot go back after a restart
+    return run
+
+
+class Progress:
+    """Live view of a run on a terminal; elsewhere one plain line per step and per evaluation."""
+
+    def __init__(self, total_steps: int, console: Console | None = None):
+        self._total = total_steps
+        self._console = Console() if console is None else console
+        self._live = Live(console=self._console, auto_refresh=False)
+        self._step_s: deque[float] = deque(maxlen=20)
+        self._last_reset = ""
+
+    def __enter__(self) -> "Progress":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._live.stop()
+
+    def print(self, renderable: RenderableType) -> None:
+        """Prints above the live view."""
+        self._console.print(renderable, highlight=False, soft_wrap=isinstance(renderable, Text))
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Shows one metrics row."""
+        if row.get("reset"):
+            self._last_reset = f"last reset: {row['reset']}, after step {row['step'] - 1}"
+        if row["step"] > 0:
+            self._step_s.append(row.get("time/step_s", 0.0))
+        if self._console.is_terminal:
+            self._live.update(self._view(row), refresh=True)
+        elif row["step"] > 0:
+            self.print(Text(_step_line(row, self._total)))
+        if line := _validation_line(row):
+            self.print(Text(line))
+
+    def _view(self, row: Mapping[str, Any]) -> RenderableType:
+        left_s = sum(self._step_s) / max(1, len(self._step_s)) * (self._total - row["step"])
+        head = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=self._total, completed=row["step"], width=24)
+        left = f"{left_s // 60:.0f} min {left_s % 60:.0f} s left"
+        head.add_row(bar, left, Text(str(row.get("stage", "base"))))
+        return Group(head, Text(_step_line(row, self._total)), Text(self._last_reset))
+
+
+def _step_line(row: Mapping[str, Any], total: int) -> str:
+    parts = [f"step {row['step']:>{len(str(total))}}/{total}"]
+    if row.get("stage_index") is not None:
+        parts.append(f"stage {row['stage_index'] + 1}")
+    rewards = [(d, row.get(f"reward/{d}")) for d in DOMAINS]
+    each = " ".join(f"{d} {r:.2f}".replace(" 0.", " .") for d, r in rewards if r is not None)
+    for label, key, form, after in (
+        ("reward ", "reward/mean", ".2f", f" ({each})"),
+        ("entropy ", "update/entropy", ".2f", ""),
+        ("kl ", "update/kl_ref", ".4f", ""),
+        ("len ", "response/len_mean", ".0f", ""),
+        ("kept ", "groups/kept", ".0f", ""),
+        ("dead ", "groups/equal", ".0f", ""),
+        ("", "time/step_s", ".1f", " s"),
+    ):
+        if row.get(key) is not None:
+            parts.append(f"{label}{row[key]:{form}}{after}")
+    return "  ".join(parts + ([f"[reset: {row['reset']}]"] if row.get("reset") else []))
+
+
+def _validation_line(row: Mapping[str, Any]) -> str:
+    """The scores of an evaluation; "" where there was none."""
+    parts = []
+    for name in ("all", "easy_middle", "hard", *DOMAINS):
+        average, low, high = (row.get(f"validation/{name}/{part}") for part in ("avg", "lo", "hi"))
+        if average is not None:
+            interval = f" [{low:.2f}, {high:.2f}]" if name == "all" and low is not None else ""
+            parts.append(f"{name} {average:.3f}{interval}")
+    return f"validation @ {row['step']}: " + "  ".join(parts) if parts else ""
+
+
+def final_table(summary: Mapping[str, Any]) -> Table:
+    """Scores base -> final per validation set: avg@k with its 95% interval, and pass@k."""
+    tables = [summary["validation"][policy] for policy in ("base", "final")]
+    k = max((scores["k"] for table in tables for scores in table.values()), default=0)
+    shown = Table("", box=box.SIMPLE, title=f"validation: avg@{k} [95% interval] and pass@{k}")
+    for heading in ("base avg", "base pass", "final avg", "final pass", "gain"):
+        shown.add_column(heading, no_wrap=True, justify="right")
+    for name in VALIDATION_SETS:
+        scores = [table[name] for table in tables if name in table]
+        cells = []
+        for s in scores:
+            low, high = s["ci95"]
+            cells += [f"{s['avg_at_k']:.3f} [{low:.2f}, {high:.2f}]", f"{s['pass_at_k']:.2f}"]
+        if len(scores) == 2:
+            gain = scores[1]["avg_at_k"] - scores[0]["avg_at_k"]
+            shown.add_row(name, *cells, f"{gain:+.3f}", style="bold" if name == "all" else None)
+    return shown
