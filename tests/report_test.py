@@ -1,0 +1,115 @@
+import json
+import re
+
+import pytest
+
+from prolong_jax import report
+
+
+def scores(average):
+    return {
+        "avg_at_k": average,
+        "k": 16,
+        "ci95": [average - 0.05, average + 0.05],
+        "pass_at_k": 0.9,
+    }
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    rows: list[dict] = [{"step": 0, **validation(0.25)}]
+    for step in range(1, 101):
+        stage = int(step > 40)
+        row = {
+            "step": step, "stage": ("first", "second")[stage], "stage_index": stage,
+            "reset": {41: "stage", 76: "plateau"}.get(step), "reward/mean": 0.5,
+            "update/entropy": 0.3, "update/kl_ref": None, "time/sample_s": 1.0, "time_s": step,
+        }  # fmt: skip
+        rows.append(row | (validation(0.25 + step / 200) if step % 20 == 0 else {}))
+    write_rows(tmp_path / "metrics.jsonl", rows)
+    sample = {
+        "step": 100, "domain": "math", "level": "easy", "prompt": "Compute 1 + 1.", "score": 1.0,
+        "response": "<script>alert('x')</script> & more", "status": "ok", "detail": "",
+        "advantage": 0.5, "stopped": True,
+    }  # fmt: skip
+    write_rows(tmp_path / "samples.jsonl", [sample] * 60)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"total_steps": 100, "loss": {"kl_coef": 0.5}})
+    )
+    return tmp_path
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def validation(average):
+    return {
+        f"validation/all/{part}": value
+        for part, value in zip(
+            ("avg", "lo", "hi", "pass", "k"), (average, average - 0.1, average + 0.1, 0.9, 4),
+            strict=True,
+        )
+    }  # fmt: skip
+
+
+def finish(workdir):
+    summary = {
+        "steps": 100,
+        "resets": [
+            {"step": 40, "reason": "stage", "optimizer": True},
+            {"step": 75, "reason": "plateau", "optimizer": False},
+        ],
+        "validation": {"base": {"all": scores(0.25)}, "final": {"all": scores(0.8125)}},
+        "phases_s": {"sample": 75.0, "verify": 25.0},
+    }
+    (workdir / "summary.json").write_text(json.dumps(summary))
+
+
+def page(workdir):
+    return report.write_report(workdir).read_text()
+
+
+def test_the_page_stands_alone_and_is_small(workdir):
+    finish(workdir)
+    html = page(workdir)
+    assert not re.search(r"(src|href)\s*=", html) and "@import" not in html
+    assert not re.search(r"https?://", html.replace("http-equiv", ""))
+    assert "<script" not in html and len(html) < 500_000
+
+
+def test_responses_are_escaped(workdir):
+    html = page(workdir)
+    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; more" in html
+    assert html.count("<details><summary><b class=") == report.MAX_SAMPLES
+
+
+def test_resets_are_marked_where_they_happened(workdir):
+    finish(workdir)
+    html = page(workdir)
+    for step in (40, 75):
+        x = report.x_of(step, 100)
+        assert f'data-step="{step}" x1="{x:.1f}" x2="{x:.1f}"' in html
+    assert report.x_of(40, 100) - report.x_of(0, 100) == pytest.approx(
+        0.4 * (report.x_of(100, 100) - report.x_of(0, 100))
+    )
+    assert "reset 2, after step 75: plateau" in html
+    assert "<td>plateau</td><td>kept</td>" in html
+
+
+def test_base_and_final_numbers(workdir):
+    finish(workdir)
+    html = page(workdir)
+    assert "finished: step 100 of 100" in html
+    for part in ("0.250 [0.", "0.812 [0.7", "+0.562", "0.900 (k=16)", "75.0"):
+        assert part in html
+
+
+def test_an_unfinished_run_is_shown_as_far_as_it_is(workdir):
+    html = page(workdir)
+    assert "not finished: step 100 of 100" in html and "+0.500" in html
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert "has no metrics.jsonl; give the --workdir of a training run" in capsys.readouterr().err
