@@ -1,0 +1,231 @@
+"""Scoring and the optimizer step, on packed rows, micro-batch by micro-batch.
+
+Device arrays are [M, R, T]: M micro-batches of R rows of T tokens. How many of the M are in use is
+an argument of the compiled programs, so that one compilation serves every step.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from prolong_jax.config import LossSettings
+from prolong_jax.losses import grpo_loss
+from prolong_jax.masked import chosen_logp, divide, entropy, token_mean
+from prolong_jax.mesh import ROW_AXES, ROWS
+from prolong_jax.models.decoder import Model, causal_mask
+from prolong_jax.types import Array, Batch, Mean, PyTree, TrainState
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One prompt with one response to it, on the host."""
+
+    prompt: np.ndarray  # i32 [prompt tokens]
+    response: np.ndarray  # i32 [response tokens] stop token included
+    sampler_logp: np.ndarray  # f32 [response tokens] nats
+    advantage: float
+
+
+def pack(
+    conversations: Sequence[Conversation],
+    *,
+    row_len: int,
+    micro_batch_rows: int,
+    micro_batches: int,
+) -> tuple[Batch, int]:
+    """Packs conversations into rows, longest first, each into the first row with room for it.
+
+    Args:
+      conversations: in any order.
+      row_len: T, tokens of a row.
+      micro_batch_rows: R.
+      micro_batches: M, room for micro-batches.
+
+    Returns:
+      A host batch [M, R, T] with zero logprobs of policy and reference, and the number of
+      micro-batches in use.
+
+    Raises:
+      ValueError: a conversation is longer than a row, or the rows do not suffice.
+    """
+    rows: list[list[Conversation]] = []
+    room: list[int] = []
+    for item in sorted(conversations, key=lambda c: -(len(c.prompt) + len(c.response))):
+        length = len(item.prompt) + len(item.response)
+        if length > row_len:
+            raise ValueError(
+                f"update.row_len: {row_len} tokens cannot hold a sequence of {length}."
+            )
+        row = next((i for i, left in enumerate(room) if left >= length), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(row_len)
+        rows[row].append(item)
+        room[row] -= length
+    used = -(-len(rows) // micro_batch_rows)
+    if used > micro_batches:
+        raise ValueError(f"update: {len(rows)} rows do not fit in {micro_batches} micro-batches.")
+    batch = _empty_batch((micro_batches * micro_batch_rows, row_len))
+    for row, items in enumerate(rows):
+        start = 0
+        for segment, item in enumerate(items, 1):
+            start = _write(batch, row, start, segment, item)
+    shape = (micro_batches, micro_batch_rows, row_len)
+    return jax.tree.map(lambda x: x.reshape(shape), batch), used
+
+
+def _empty_batch(shape: tuple[int, int]) -> Batch:
+    def zeros(dtype: type) -> Any:
+        return np.zeros(shape, dtype)
+
+    ints, floats = (lambda: zeros(np.int32)), (lambda: zeros(np.float32))
+    return Batch(
+        tokens=ints(),
+        positions=ints(),
+        segments=ints(),
+        mask=zeros(bool),
+        sampler_logp=floats(),
+        old_logp=floats(),
+        ref_logp=floats(),
+        advantage=floats(),
+    )
+
+
+def _write(batch: Batch, row: int, start: int, segment: int, item: Conversation) -> int:
+    """Writes a conversation into a host batch [B, T] and returns where it ends."""
+    middle = start + len(item.prompt)
+    end = middle + len(item.response)
+    batch.tokens[row, start:end] = np.concatenate([item.prompt, item.response])
+    batch.positions[row, start:end] = np.arange(end - start)
+    batch.segments[row, start:end] = segment
+    batch.mask[row, middle:end] = True
+    batch.sampler_logp[row, middle:end] = item.sampler_logp
+    batch.advantage[row, middle:end] = item.advantage
+    return end
+
+
+def put_rows(mesh: Mesh, batch: Batch) -> Batch:
+    """A host batch [M, R, T] on the devices, rows split over them."""
+    return jax.device_put(batch, NamedSharding(mesh, P(None, ROW_AXES)))
+
+
+def token_logits(model: Model, params: PyTree, rows: Batch, temperature: float) -> Array:
+    """Logits f32 [B, T - 1, V], at the sampler's temperature, of the tokens 1 ... T - 1."""
+    segments = rows.segments
+    same = segments[:, :, None] == segments[:, None, :]
+    mask_BTT = causal_mask(segments > 0) & same
+    hidden_BTD, _ = model.hidden(params, rows.tokens, rows.positions, mask_BTT)
+    return model.logits(params, hidden_BTD[:, :-1]) / temperature
+
+
+def token_logp(logits_BTV: Array, rows: Batch) -> Array:
+    """Log-probability f32 [B, T] of each token; 0 for the first of a row."""
+    return jnp.pad(chosen_logp(logits_BTV, rows.tokens[:, 1:]), ((0, 0), (1, 0)))
+
+
+def _micro_batch(batch: Batch, index: Array) -> Batch:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batch)
+
+
+def make_score(model: Model, temperature: float) -> Callable[[TrainState, Batch, int], Batch]:
+    """A compiled function that fills `old_logp` and `ref_logp` of a batch [M, R, T]."""
+
+    @jax.jit
+    def score(state: TrainState, batch: Batch, num_micro_batches: Array) -> Batch:
+        def one(index, filled):
+            rows = _micro_batch(batch, index)
+            for_both = []
+            for params, out in zip((state.params, state.ref_params), filled, strict=True):
+                logp_BT = token_logp(token_logits(model, params, rows, temperature), rows)
+                for_both.append(jax.lax.dynamic_update_index_in_dim(out, logp_BT, index, 0))
+            return tuple(for_both)
+
+        empty = (jnp.zeros_like(batch.old_logp), jnp.zeros_like(batch.ref_logp))
+        old_logp, ref_logp = jax.lax.fori_loop(0, num_micro_batches, one, empty)
+        return replace(batch, old_logp=old_logp, ref_logp=ref_logp)
+
+    return score
+
+
+def make_update(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    loss: LossSettings,
+    temperature: float,
+) -> Callable[[TrainState, Batch, int], tuple[TrainState, dict[str, Array]]]:
+    """A compiled optimizer step over a batch [M, R, T]; the state that comes in is donated.
+
+    The gradient is that of the token mean over the whole batch: micro-batches and devices add up
+    totals and weights, and the sum is divided once. An update whose gradient is not finite is
+    skipped and counted in `update/skipped_nonfinite`.
+    """
+
+    def local_sums(logp_BT: Array, entropy_BT: Array, rows: Batch) -> tuple[Mean, dict[str, Mean]]:
+        total, statistics = grpo_loss(
+            logp_BT,
+            rows,
+            clip_low=loss.clip_low,
+            clip_high=loss.clip_high,
+            kl_coef=loss.kl_coef,
+            kl_estimator=loss.kl_estimator,
+            tis_cap=loss.tis_cap,
+        )
+        statistics["entropy"] = token_mean(entropy_BT, rows.mask)
+        return jax.lax.psum((total, statistics), ROW_AXES)
+
+    global_sums = jax.shard_map(local_sums, mesh=mesh, in_specs=ROWS, out_specs=P())
+
+    def objective(params: PyTree, rows: Batch) -> tuple[Array, tuple[Mean, dict[str, Mean]]]:
+        logits_BTV = token_logits(model, params, rows, temperature)
+        entropy_BT = entropy(jax.lax.stop_gradient(logits_BTV))
+        entropy_BT = jnp.pad(entropy_BT, ((0, 0), (1, 0)))
+        total, statistics = global_sums(token_logp(logits_BTV, rows), entropy_BT, rows)
+        return total.total, (total, statistics)
+
+    gradient = jax.grad(objective, has_aux=True)
+
+    def update(state: TrainState, batch: Batch, num_micro_batches: Array):
+        def add(index, sums):
+            return jax.tree.map(jnp.add, sums, gradient(state.params, _micro_batch(batch, index)))
+
+        shapes = jax.eval_shape(gradient, state.params, _micro_batch(batch, jnp.int32(0)))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        grads, (total, statistics) = jax.lax.fori_loop(0, num_micro_batches, add, zeros)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(total.weight, 1.0), grads)
+        norm = optax.tree.norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        stepped = replace(
+            state, params=optax.apply_updates(state.params, updates), opt_state=opt_state
+        )
+        finite = jnp.isfinite(norm)
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
+        metrics = {"loss": divide(total)} | {k: divide(v) for k, v in statistics.items()}
+        metrics["grad_norm"] = norm
+        metrics["skipped_nonfinite"] = (~finite).astype(jnp.float32)
+        return state, {f"update/{name}": value for name, value in metrics.items()}
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def reset_reference(
+    state: TrainState, optimizer: optax.GradientTransformation, *, clear_optimizer: bool
+) -> TrainState:
+    """The hard reset: reference := policy, and the optimizer starts anew (ProRL section 2.3.1).
+
+    ProRL v2 resets the reference alone (`clear_optimizer` false).
+    """
+    ref_params = jax.tree.map(jnp.copy, state.params)
+    state = replace(state, ref_params=ref_params)
+    if not clear_optimizer:
+        return state
+    shardings = jax.tree.map(lambda x: x.sharding, state.opt_state)
+    fresh = jax.jit(optimizer.init, out_shardings=shardings)(state.params)
+    return replace(state, opt_state=fresh)

@@ -1,0 +1,257 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from prolong_jax.config import LossSettings, MeshSettings, OptimizerSettings
+from prolong_jax.mesh import make_mesh, param_shardings
+from prolong_jax.optimizer import make_optimizer
+from prolong_jax.train import initial_state
+from prolong_jax.types import TrainState
+from prolong_jax.update import make_score, make_update, pack, put_rows, reset_reference
+from tests.tiny import MODEL, random_conversations, random_params
+
+CONVERSATIONS = random_conversations(16)
+LOSS = LossSettings(kl_coef=0.1)
+LEARNING_RATE = 1.0
+SGD = optax.sgd(LEARNING_RATE)  # a step is the gradient itself
+
+
+def packed(conversations, rows=8, row_len=24, micro_batches=6):
+    return pack(conversations, row_len=row_len, micro_batch_rows=rows, micro_batches=micro_batches)
+
+
+def gradient(rows=8, row_len=24, mesh=None, conversations=CONVERSATIONS, micro_batches=6):
+    """The gradient that an update applies, read off an SGD step, and the step's metrics."""
+    mesh = mesh or make_mesh(MeshSettings())
+    params = jax.device_put(random_params(1), param_shardings(mesh, MODEL.shapes()))
+    ref_params = jax.device_put(random_params(2), param_shardings(mesh, MODEL.shapes()))
+    before = jax.device_get(params)
+    state = TrainState(params, ref_params, SGD.init(params))
+    batch, used = packed(conversations, rows, row_len, micro_batches)
+    batch = make_score(MODEL, 0.9)(state, put_rows(mesh, batch), used)
+    # Pretend that the old policy was another one, so that ratios and clipping matter.
+    batch = replace(batch, old_logp=batch.old_logp - 0.3 * batch.advantage)
+    state, metrics = make_update(MODEL, SGD, mesh, LOSS, 0.9)(state, batch, used)
+    delta = jax.tree.map(lambda a, b: (a - b) / LEARNING_RATE, before, jax.device_get(state.params))
+    return delta, jax.device_get(metrics)
+
+
+def assert_same(left, right, rtol=1e-5):
+    """Equal gradients: the difference is small against the norm of the whole."""
+    difference = optax.tree.norm(jax.tree.map(jnp.subtract, left, right))
+    assert difference <= rtol * optax.tree.norm(left), difference / optax.tree.norm(left)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return gradient()
+
+
+@pytest.mark.parametrize("rows, micro_batches", [(1, 24), (2, 12), (4, 8)])
+def test_micro_batches_do_not_change_the_gradient(reference, rows, micro_batches):
+    delta, metrics = gradient(rows=rows, micro_batches=micro_batches)
+    assert_same(reference[0], delta)
+    for name, value in reference[1].items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)])
+def test_meshes_do_not_change_the_gradient(reference, shape):
+    delta, metrics = gradient(mesh=make_mesh(MeshSettings(*shape)))
+    assert_same(reference[0], delta)
+    for name, value in reference[1].items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_packing_and_padding_do_not_change_the_gradient(reference):
+    one_per_row, _ = gradient(conversations=CONVERSATIONS, row_len=20, rows=8)
+    assert_same(reference[0], one_per_row)
+    padded, _ = gradient(row_len=64)
+    assert_same(reference[0], padded)
+    shuffled, _ = gradient(conversations=CONVERSATIONS[::-1])
+    assert_same(reference[0], shuffled)
+
+
+def test_gradient_is_that_of_the_written_formula(reference):
+    """Each conversation alone, unpacked, through the plain formula of ProRL Eq. 4 with TIS."""
+    policy, anchor = random_params(1), random_params(2)
+
+    @jax.jit
+    def logits(params, tokens):
+        mask = jnp.tril(jnp.ones((1, *tokens.shape[1:] * 2), bool))
+        positions = jnp.arange(tokens.shape[1])[None]
+        return MODEL.logits(params, MODEL.hidden(params, tokens, positions, mask)[0])[0]
+
+    def logp(params, c):
+        tokens = np.zeros((1, 20), np.int32)  # one length, one compilation
+        tokens[0, : len(c.prompt) + len(c.response)] = np.concatenate([c.prompt, c.response])
+        all_logp = jax.nn.log_softmax(logits(params, jnp.array(tokens)) / 0.9)
+        predicted = all_logp[len(c.prompt) - 1 :]
+        return predicted[jnp.arange(len(c.response)), jnp.array(c.response)]
+
+    def loss(params):
+        total, count = 0.0, 0
+        for c in CONVERSATIONS:
+            new, ref = logp(params, c), logp(anchor, c)
+            old = jax.lax.stop_gradient(logp(policy, c)) - 0.3 * c.advantage
+            ratio, d = jnp.exp(new - old), ref - new
+            surrogate = jnp.minimum(
+                ratio * c.advantage,
+                jnp.clip(ratio, 1 - LOSS.clip_low, 1 + LOSS.clip_high) * c.advantage,
+            )
+            tis = jnp.minimum(jnp.exp(old - c.sampler_logp), LOSS.tis_cap)
+            total += (-tis * surrogate + LOSS.kl_coef * (jnp.exp(d) - d - 1)).sum()
+            count += len(c.response)
+        return total / count
+
+    value, expected = jax.value_and_grad(loss)(policy)
+    assert_same(expected, reference[0], rtol=1e-4)
+    np.testing.assert_allclose(reference[1]["update/loss"], value, rtol=1e-5)
+
+
+def real_setup(learning_rate=1e-2):
+    mesh = make_mesh(MeshSettings())
+    optimizer = make_optimizer(OptimizerSettings(learning_rate=learning_rate))
+    params = jax.device_put(random_params(1), param_shardings(mesh, MODEL.shapes()))
+    state = TrainState(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    batch, used = packed(CONVERSATIONS)
+    return mesh, optimizer, state, put_rows(mesh, batch), used
+
+
+def test_ratio_is_one_at_the_first_inner_step():
+    mesh, optimizer, state, batch, used = real_setup()
+    batch = make_score(MODEL, 0.7)(state, batch, used)
+    update = make_update(MODEL, optimizer, mesh, LOSS, 0.7)
+    state, first = update(state, batch, used)
+    _, second = update(state, batch, used)
+    assert first["update/ratio_deviation"] <= 1e-6
+    assert first["update/kl_ref"] <= 1e-10  # the reference is still the policy
+    assert second["update/ratio_deviation"] > 1e-4
+
+
+def test_old_logprobs_at_another_temperature_are_noticed():
+    mesh, optimizer, state, batch, used = real_setup()
+    batch = make_score(MODEL, 1.0)(state, batch, used)
+    _, metrics = make_update(MODEL, optimizer, mesh, LOSS, 0.7)(state, batch, used)
+    assert metrics["update/ratio_deviation"] > 0.05
+
+
+def test_a_non_finite_gradient_is_skipped_and_counted():
+    mesh, optimizer, state, batch, used = real_setup()
+    batch = make_score(MODEL, 1.0)(state, batch, used)
+    batch = replace(batch, advantage=batch.advantage.at[0, 0].set(jnp.nan))
+    before = jax.device_get(state)
+    state, metrics = make_update(MODEL, optimizer, mesh, LOSS, 1.0)(state, batch, used)
+    assert metrics["update/skipped_nonfinite"] == 1
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))
+
+
+def test_unused_micro_batches_have_no_influence():
+    mesh, optimizer, state, batch, used = real_setup()
+    batch = make_score(MODEL, 1.0)(state, batch, used)
+    assert used < batch.tokens.shape[0]
+    rubbish = replace(
+        batch,
+        advantage=batch.advantage.at[used:].set(jnp.nan),
+        mask=batch.mask.at[used:].set(True),
+    )
+    update = make_update(MODEL, optimizer, mesh, LOSS, 1.0)
+    left, _ = update(jax.tree.map(jnp.copy, state), batch, used)
+    right, _ = update(jax.tree.map(jnp.copy, state), rubbish, used)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def test_float32_master_weights_move_by_small_steps():
+    mesh, optimizer, state, batch, used = real_setup(learning_rate=1e-6)
+    batch = make_score(MODEL, 1.0)(state, batch, used)
+    scale = np.asarray(state.params["norm"]["scale"])
+    assert (scale == 1).all()
+    state, _ = make_update(MODEL, optimizer, mesh, LOSS, 1.0)(state, batch, used)
+    assert (np.asarray(state.params["norm"]["scale"]) != 1).all()
+
+
+def test_the_stop_token_is_trained():
+    """Rewarded responses that end in the stop token make the stop token more likely."""
+    mesh, optimizer, state, _, _ = real_setup()
+    stopping = [
+        replace(c, response=np.append(c.response, 3).astype(np.int32), advantage=1.0)
+        for c in CONVERSATIONS
+    ]
+    stopping = [replace(c, sampler_logp=np.full(len(c.response), -4.0)) for c in stopping]
+    batch, used = packed(stopping)
+    is_stop = batch.mask & (batch.tokens == 3)
+    assert is_stop.sum() >= len(stopping)
+    batch = put_rows(mesh, batch)
+    score, update = make_score(MODEL, 1.0), make_update(MODEL, optimizer, mesh, LOSS, 1.0)
+    before = score(state, batch, used)
+    state, _ = update(state, before, used)
+    after = score(state, batch, used)
+    assert np.asarray(after.old_logp)[is_stop].mean() > np.asarray(before.old_logp)[is_stop].mean()
+
+
+def test_pack_keeps_every_token_once():
+    batch, used = packed(CONVERSATIONS)
+    batch = jax.tree.map(np.asarray, batch)
+    found = []
+    for row in range(used * 8):
+        index = divmod(row, 8)
+        for segment in range(1, batch.segments[index].max() + 1):
+            at = batch.segments[index] == segment
+            found.append(
+                (
+                    tuple(batch.tokens[index][at]),
+                    tuple(batch.tokens[index][at & batch.mask[index]]),
+                    tuple(batch.sampler_logp[index][at & batch.mask[index]]),
+                )
+            )
+            assert (batch.positions[index][at] == np.arange(at.sum())).all()
+    expected = [
+        (tuple(np.concatenate([c.prompt, c.response])), tuple(c.response), tuple(c.sampler_logp))
+        for c in CONVERSATIONS
+    ]
+    assert sorted(found) == sorted(expected)
+    with pytest.raises(ValueError, match="update.row_len: 10 tokens cannot hold"):
+        packed(CONVERSATIONS, row_len=10)
+
+
+@pytest.mark.parametrize("clear_optimizer", [True, False])
+def test_reset(clear_optimizer):
+    mesh, optimizer, state, batch, used = real_setup()
+    score, update = make_score(MODEL, 1.0), make_update(MODEL, optimizer, mesh, LOSS, 1.0)
+    for _ in range(2):
+        state, _ = update(state, score(state, batch, used), used)
+    moments = jax.device_get(state.opt_state)
+    params = jax.device_get(state.params)
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, state.params, state.ref_params)) > 0
+    state = reset_reference(state, optimizer, clear_optimizer=clear_optimizer)
+    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(state.params))
+    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(state.ref_params))
+    expected = jax.device_get(optimizer.init(params)) if clear_optimizer else moments
+    jax.tree.map(np.testing.assert_array_equal, expected, jax.device_get(state.opt_state))
+    state, metrics = update(state, score(state, batch, used), used)  # buffers are not shared
+    assert metrics["update/kl_ref"] <= 1e-10
+
+
+def test_initial_state_is_sharded_like_the_weights(tmp_path):
+    from prolong_jax.config import RunConfig
+
+    mesh = make_mesh(MeshSettings(data=1, fsdp=4, tensor=2))
+    params = jax.device_put(random_params(), param_shardings(mesh, MODEL.shapes()))
+    state = initial_state(RunConfig(), params)
+    moments = state.opt_state[1][0].mu
+    for tree in (state.ref_params, moments):
+        same = jax.tree.map(
+            lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), params, tree
+        )
+        assert all(jax.tree.leaves(same))
+    assert not state.params["layers"][0]["up"]["kernel"].sharding.is_fully_replicated
+
+
+def test_weights_that_do_not_divide_are_refused():
+    mesh = make_mesh(MeshSettings(tensor=5))
+    with pytest.raises(ValueError, match="mesh: tensor = 5 does not divide the dimension 96"):
+        param_shardings(mesh, MODEL.shapes())
