@@ -1,0 +1,280 @@
+"""One collection: prompts -> samples -> verdicts -> groups -> what the update trains on.
+
+Dynamic sampling (DAPO Eq. 11): groups whose raw rewards are all equal are dropped and more prompts
+are drawn, until enough groups live or the rounds are used up. Live groups beyond what a step needs
+wait in `Cursor.surplus` for the next one; their older sampler is corrected for by the importance
+weight of the loss.
+"""
+
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from prolong_jax.advantages import group_advantage, is_dead, stop_properly
+from prolong_jax.config import RolloutSettings
+from prolong_jax.data.prompts import Prompt
+from prolong_jax.mesh import by_rows
+from prolong_jax.models.decoder import Model
+from prolong_jax.sampler import SamplingRule, generate, left_pad, sample_keys
+from prolong_jax.tokenizer import ChatTokenizer
+from prolong_jax.types import PyTree
+from prolong_jax.update import Conversation
+from prolong_jax.verifiers import Status
+from prolong_jax.verifiers.pool import Pool
+
+
+@dataclass(frozen=True)
+class Group:
+    """The responses to one prompt, with their verdicts. Lists are over the G responses."""
+
+    prompt: Prompt
+    prompt_tokens: list[int]
+    tokens: list[list[int]]  # stop token included
+    logp: list[list[float]]  # nats, of the distribution that was sampled
+    stopped: list[bool]  # ended by a stop token
+    texts: list[str]
+    scores: list[float]  # raw rewards in [0, 1]
+    statuses: list[str]  # of the verdicts
+    details: list[str]
+    step: int  # training step whose policy sampled it
+
+    @property
+    def scored(self) -> np.ndarray:
+        """bool [G]: false where the verifier itself failed."""
+        return np.array([status != Status.ERROR for status in self.statuses])
+
+    @property
+    def is_dead(self) -> bool:
+        return bool(is_dead(np.array(self.scores), self.scored))
+
+
+@dataclass
+class Cursor:
+    """Where the collection stands in the data; part of the checkpoint."""
+
+    position: int = 0  # prompts drawn so far
+    surplus: list[Group] = field(default_factory=list)  # live groups that wait, oldest first
+
+
+@dataclass(frozen=True)
+class Collector:
+    """What a collection needs from the outside world."""
+
+    model: Model
+    mesh: Mesh
+    tokenizer: ChatTokenizer
+    pool: Pool
+    seed: int
+
+
+class Timer:
+    """Adds up seconds per phase: `with timer("sample"): ...`."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
+
+    def take(self) -> dict[str, float]:
+        """The seconds so far, and a fresh start."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+def sample_groups(
+    collector: Collector,
+    params: PyTree,
+    prompts: Sequence[Prompt],
+    group_size: int,
+    step: int,
+    rule: SamplingRule,
+    max_prompt_len: int,
+    timer: Timer,
+) -> list[Group]:
+    """Samples a group for each prompt and has every response verified.
+
+    The number of prompts is a multiple of the devices that share rows.
+
+    Raises:
+      ValueError: a prompt is longer than `max_prompt_len` tokens.
+    """
+    encoded = [collector.tokenizer.encode_chat(p.messages) for p in prompts]
+    tokens_PS, valid_PS = left_pad([ids for ids, _ in encoded], max_prompt_len, rule.pad_id)
+    numbers = [zlib.crc32(p.id.encode()) for p in prompts]
+    keys_PG = sample_keys(collector.seed, step, numbers, group_size)
+    tokens_PS, valid_PS, keys_PG = jax.device_put(
+        (tokens_PS, valid_PS, keys_PG), by_rows(collector.mesh)
+    )
+    with timer("sample"):
+        samples = generate(collector.model, params, tokens_PS, valid_PS, keys_PG, rule)
+    texts, requests = [], []
+    for row, length in enumerate(samples.lengths):
+        prompt, opened = prompts[row // group_size], encoded[row // group_size][1]
+        texts.append(collector.tokenizer.decode(samples.tokens[row, :length].tolist()))
+        requests.append((prompt.verifier, opened + texts[-1], prompt.reference))
+    with timer("verify"):
+        verdicts = collector.pool.score_all(requests)
+    groups = []
+    for p, prompt in enumerate(prompts):
+        rows = range(p * group_size, (p + 1) * group_size)
+        lengths = [int(samples.lengths[r]) for r in rows]
+        groups.append(
+            Group(
+                prompt=prompt,
+                prompt_tokens=encoded[p][0],
+                tokens=[samples.tokens[r, :n].tolist() for r, n in zip(rows, lengths, strict=True)],
+                logp=[samples.logp[r, :n].tolist() for r, n in zip(rows, lengths, strict=True)],
+                stopped=[bool(samples.stopped[r]) for r in rows],
+                texts=[texts[r] for r in rows],
+                scores=[verdicts[r].score for r in rows],
+                statuses=[str(verdicts[r].status) for r in rows],
+                details=[verdicts[r].detail for r in rows],
+                step=step,
+            )
+        )
+    return groups
+
+
+def collect(
+    collector: Collector,
+    params: PyTree,
+    cursor: Cursor,
+    next_prompt: Callable[[int], Prompt],
+    settings: RolloutSettings,
+    step: int,
+    timer: Timer,
+) -> tuple[list[Group], list[Group]]:
+    """Fills one training step with live groups, and moves the cursor.
+
+    Args:
+      collector: model, tokenizer, verifiers.
+      params: the policy.
+      cursor: position and surplus; changed in place.
+      next_prompt: the prompt at a position of the stream.
+      settings: sizes and dynamic sampling.
+      step: training step, part of every sample's key.
+      timer: adds up the seconds of each phase.
+
+    Returns:
+      The groups to train on, `prompts_per_step` of them unless the rounds ran out, and all groups
+      that were sampled in this call.
+    """
+    rule = SamplingRule(
+        max_len=settings.max_response_len,
+        stop_ids=collector.tokenizer.stop_ids,
+        pad_id=collector.tokenizer.pad_id,
+        temperature=settings.temperature,
+    )
+    wanted, live, sampled = settings.prompts_per_step, list(cursor.surplus), []
+    for _ in range(settings.max_sampling_rounds):
+        if len(live) >= wanted:
+            break
+        prompts = [next_prompt(cursor.position + i) for i in range(wanted)]
+        cursor.position += wanted
+        groups = sample_groups(
+            collector,
+            params,
+            prompts,
+            settings.group_size,
+            step,
+            rule,
+            settings.max_prompt_len,
+            timer,
+        )
+        sampled += groups
+        live += [g for g in groups if not (settings.dynamic_sampling and g.is_dead)]
+    cursor.surplus = live[wanted:]
+    return live[:wanted], sampled
+
+
+def advantages(group: Group, settings: RolloutSettings) -> np.ndarray:
+    """f64 [G]: advantages from the shaped rewards; the raw ones decided whether the group lives."""
+    shaped = stop_properly(
+        np.array(group.scores), np.array(group.stopped), coef=settings.stop_properly
+    )
+    return group_advantage(shaped, group.scored)
+
+
+def conversations(group: Group, settings: RolloutSettings) -> list[Conversation]:
+    """The group as the update wants it; responses that were not scored are left out."""
+    prompt = np.array(group.prompt_tokens, np.int32)
+    return [
+        Conversation(prompt, np.array(tokens, np.int32), np.array(logp, np.float32), float(a))
+        for tokens, logp, a, scored in zip(
+            group.tokens, group.logp, advantages(group, settings), group.scored, strict=True
+        )
+        if scored
+    ]
+
+
+def statistics(kept: Sequence[Group], sampled: Sequence[Group], cursor: Cursor) -> dict[str, float]:
+    """Metrics of a collection. Rewards are raw and over all that was sampled, dead groups too."""
+    rewards: dict[str, list[float]] = {}
+    lengths = [len(tokens) for g in sampled for tokens in g.tokens]
+    statuses = [status for g in sampled for status in g.statuses]
+    for g in sampled:
+        rewards.setdefault(g.prompt.domain, []).extend(np.array(g.scores)[g.scored])
+    dead = [np.array(g.scores)[g.scored] for g in sampled if g.is_dead]
+    row = {f"reward/{domain}": float(np.mean(r)) for domain, r in rewards.items() if r}
+    if sampled:
+        row |= {
+            "reward/mean": float(np.mean([r for rs in rewards.values() for r in rs])),
+            "response/len_mean": float(np.mean(lengths)),
+            "response/len_max": max(lengths),
+            "response/terminated": float(np.mean([s for g in sampled for s in g.stopped])),
+        }
+    return row | {
+        "groups/kept": len(kept),
+        "groups/all_zero": sum(len(r) > 0 and r.max() == 0 for r in dead),
+        "groups/all_one": sum(len(r) > 0 and r.min() == 1 for r in dead),
+        "groups/equal": len(dead),
+        "groups/surplus": len(cursor.surplus),
+        "verify/timeouts": statuses.count(Status.TIMEOUT),
+        "verify/errors": statuses.count(Status.ERROR),
+        "tokens/generated": sum(lengths),
+    }
+
+
+def sample_rows(group: Group, settings: RolloutSettings, step: int) -> list[dict[str, Any]]:
+    """The group's responses as rows of samples.jsonl."""
+    return [
+        {
+            "step": step,
+            "domain": group.prompt.domain,
+            "level": group.prompt.level,
+            "prompt": group.prompt.messages[-1]["content"],
+            "response": text,
+            "score": score,
+            "status": status,
+            "detail": detail,
+            "advantage": float(advantage),
+            "stopped": stopped,
+        }
+        for text, score, status, detail, advantage, stopped in zip(
+            group.texts,
+            group.scores,
+            group.statuses,
+            group.details,
+            advantages(group, settings),
+            group.stopped,
+            strict=True,
+        )
+    ]
+
+
+def group_from_dict(values: Mapping[str, Any]) -> Group:
+    """The inverse of `dataclasses.asdict` after a JSON round trip."""
+    prompt = dict(values["prompt"])
+    prompt["messages"] = tuple(prompt["messages"])
+    return Group(**{**values, "prompt": Prompt(**prompt)})
