@@ -116,7 +116,7 @@ def _multiply(a: int, digit: int, slips: Slips) -> tuple[list[str], int]:
 
 # --- math --------------------------------------------------------------------------------------
 
-_MATH_DIGITS = {"easy": (1, 2), "middle": (3, 4), "hard": (6, 7), "beyond": (8, 8)}
+_MATH_DIGITS = {"easy": (1, 2), "middle": (3, 3), "hard": (5, 5), "beyond": (6, 6)}
 
 
 def _math(rng: random.Random, level: str) -> Problem:
@@ -194,7 +194,7 @@ _FORMULAS = {
     "power": ("voltage", "V", "current", "A", "W"),
 }
 _UNITS = [formula[4] for formula in _FORMULAS.values()]
-_STEM_DIGITS = {"easy": (1, 1), "middle": (2, 3), "hard": (5, 6), "beyond": (7, 7)}
+_STEM_DIGITS = {"easy": (1, 1), "middle": (2, 2), "hard": (4, 5), "beyond": (6, 6)}
 
 
 def _quantity(rng: random.Random, level: str) -> Problem:
@@ -247,29 +247,23 @@ def _stem(rng: random.Random, level: str) -> Problem:
 # --- logic: real reasoning_gym tasks at small settings -----------------------------------------
 
 _LOGIC_SETTINGS: dict[str, dict[str, dict[str, int]]] = {
-    "spell_backward": {
-        "easy": {"min_word_len": 3, "max_word_len": 3},
-        "middle": {"min_word_len": 4, "max_word_len": 5},
-        "hard": {"min_word_len": 8, "max_word_len": 9},
-        "beyond": {"min_word_len": 10, "max_word_len": 11},
-    },
     "number_filtering": {
         "easy": {"min_numbers": 2, "max_numbers": 2},
-        "middle": {"min_numbers": 3, "max_numbers": 4},
-        "hard": {"min_numbers": 7, "max_numbers": 7},
-        "beyond": {"min_numbers": 8, "max_numbers": 8},
+        "middle": {"min_numbers": 3, "max_numbers": 3},
+        "hard": {"min_numbers": 5, "max_numbers": 6},
+        "beyond": {"min_numbers": 7, "max_numbers": 7},
     },
     "count_bits": {
         "easy": {"min_n": 2, "max_n": 31},
-        "middle": {"min_n": 32, "max_n": 255},
-        "hard": {"min_n": 2**9, "max_n": 2**11 - 1},
-        "beyond": {"min_n": 2**11, "max_n": 2**12 - 1},
+        "middle": {"min_n": 32, "max_n": 127},
+        "hard": {"min_n": 2**8, "max_n": 2**10 - 1},
+        "beyond": {"min_n": 2**10, "max_n": 2**12 - 1},
     },
     "chain_sum": {
         "easy": {"min_terms": 2, "max_terms": 2},
-        "middle": {"min_terms": 3, "max_terms": 4},
-        "hard": {"min_terms": 7, "max_terms": 8},
-        "beyond": {"min_terms": 9, "max_terms": 10},
+        "middle": {"min_terms": 3, "max_terms": 3},
+        "hard": {"min_terms": 6, "max_terms": 7},
+        "beyond": {"min_terms": 8, "max_terms": 9},
     },
 }
 _LOGIC_FIXED: dict[str, dict[str, int]] = {
@@ -285,13 +279,6 @@ def _dataset(task: str, level: str):
 
     settings = _LOGIC_SETTINGS[task][level] | _LOGIC_FIXED.get(task, {})
     return reasoning_gym.create_dataset(task, size=_LOGIC_SIZE, seed=0, **settings)
-
-
-def _spell_backward(item: dict, slips: Slips) -> tuple[list[str], str]:
-    letters = [
-        slips.one_of(c, list("aeinorst")) for c in reversed(item["metadata"]["word"].lower())
-    ]
-    return [" ".join(letters)], "".join(letters)
 
 
 def _quoted_items(text: str) -> list[str]:
@@ -331,7 +318,6 @@ def _chain_sum(item: dict, slips: Slips) -> tuple[list[str], str]:
 
 
 _LOGIC_WORK = {
-    "spell_backward": _spell_backward,
     "number_filtering": _number_filtering,
     "count_bits": _count_bits,
     "chain_sum": _chain_sum,
