@@ -283,7 +283,7 @@ def check(run: RunConfig) -> None:
     Raises:
       ValueError: says which setting, what was expected and what came.
     """
-    _require(run.total_steps >= 0, f"'total_steps' must be 0 or more, got {run.total_steps}.")
+    _require(run.total_steps >= 1, f"'total_steps' must be at least 1, got {run.total_steps}.")
     _require(len(run.stages) > 0, "'stages' is empty; give at least one stage.")
     _require(
         run.model.dtype in ("float32", "bfloat16"),

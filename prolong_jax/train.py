@@ -1,0 +1,499 @@
+"""The training loop: python -m prolong_jax.train --config=FILE --workdir=DIR [--config.KEY=VALUE]
+
+The only file that knows all the others. Read `train_step` first: it is one step of prolonged GRPO.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from prolong_jax import stages
+from prolong_jax.checkpoint import Checkpointer
+from prolong_jax.config import (
+    LossSettings,
+    OptimizerSettings,
+    RunConfig,
+    for_stage,
+    parse,
+    refuse_other,
+    to_dict,
+)
+from prolong_jax.data.mixture import prompt_at
+from prolong_jax.data.procedural import DOMAINS
+from prolong_jax.data.prompts import Prompt
+from prolong_jax.evaluate import evaluate, held_out_prompts
+from prolong_jax.mesh import make_mesh, param_shardings, replicated
+from prolong_jax.metrics import Progress, Writer, final_table
+from prolong_jax.models.decoder import Model
+from prolong_jax.models.hf import load_model
+from prolong_jax.optimizer import make_optimizer
+from prolong_jax.report import write_report
+from prolong_jax.rollout import (
+    Collector,
+    Cursor,
+    Group,
+    Timer,
+    collect,
+    conversations,
+    group_from_dict,
+    sample_rows,
+    statistics,
+)
+from prolong_jax.tokenizer import ChatTokenizer
+from prolong_jax.types import PyTree, TrainState
+from prolong_jax.update import make_score, make_update, pack, put_rows, reset_reference
+from prolong_jax.verifiers.pool import Pool
+
+EXIT_BAD_INPUT, EXIT_STOPPED = 2, 75  # 75: stopped by a signal after saving; start again to go on
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What stays the same during a run."""
+
+    run: RunConfig
+    collector: Collector
+    validation: list[Prompt]
+
+
+@dataclass
+class Host:
+    """Host state of a run: with the TrainState, all that a checkpoint holds."""
+
+    progress: stages.Progress = dataclasses.field(default_factory=stages.Progress)
+    cursor: Cursor = dataclasses.field(default_factory=Cursor)
+    base: dict[str, Any] = dataclasses.field(default_factory=dict)  # validation before step 1
+    resets: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    skipped_in_a_row: int = 0
+    samples: int = 0
+    generated_tokens: int = 0
+    wall_s: float = 0.0
+    rl_wall_s: float = 0.0
+    phases_s: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Host":
+        progress = values["progress"]
+        surplus = [group_from_dict(g) for g in values["cursor"]["surplus"]]
+        return cls(
+            **values
+            | {
+                "progress": stages.Progress(**progress | {"scores": tuple(progress["scores"])}),
+                "cursor": Cursor(values["cursor"]["position"], surplus),
+            }
+        )
+
+
+# --- one step ------------------------------------------------------------------------------------
+
+
+def train_step(
+    setup: Setup, state: TrainState, host: Host, timer: Timer
+) -> tuple[TrainState, dict[str, Any], list[Group]]:
+    """One step: collect live groups, score them, update the policy once per mini-batch.
+
+    Returns:
+      The new state, the step's metrics, and the groups that were trained on.
+    """
+    run, mesh = for_stage(setup.run, host.progress.stage), setup.collector.mesh
+    stage, step = run.stages[host.progress.stage], host.progress.step + 1
+
+    # Prompts -> samples -> verdicts -> live groups.
+    kept, sampled = collect(
+        setup.collector,
+        sampling_copy(setup.collector, state.params),
+        host.cursor,
+        lambda position: prompt_at(position, run.seed, stage.mixture, stage.levels),
+        run.rollout,
+        step,
+        timer,
+    )
+    refuse_broken_verifiers(sampled, run)
+
+    # Packed rows, with the logprobs of the policy as it is now and of the reference.
+    score, update = programs(
+        setup.collector.model, mesh, run.loss, run.optimizer, run.rollout.temperature
+    )
+    with timer("score"):
+        batches = []
+        for minibatch in split(kept, run.rollout.prompts_per_step // run.update.num_minibatches):
+            items = [c for group in minibatch for c in conversations(group, run.rollout)]
+            batch, used = pack(items, **packing(run))
+            batches.append((score(state, put_rows(mesh, batch), used), used))
+        jax.block_until_ready(batches)
+
+    # One optimizer step per mini-batch, each clipped against the policy before the first.
+    with timer("update"):
+        updates = []
+        for batch, used in batches:
+            state, metrics = update(state, batch, used)
+            updates.append(metrics)
+        updates = jax.device_get(updates)
+
+    host.samples += sum(len(group.tokens) for group in sampled)
+    host.generated_tokens += sum(len(t) for group in sampled for t in group.tokens)
+    for metrics in updates:
+        skipped = metrics["update/skipped_nonfinite"] > 0
+        host.skipped_in_a_row = host.skipped_in_a_row + 1 if skipped else 0
+    row = statistics(kept, sampled, host.cursor) | {
+        name: float(np.mean([m[name] for m in updates])) for name in (updates or [{}])[0]
+    }
+    if updates:
+        row["update/first_ratio_deviation"] = float(updates[0]["update/ratio_deviation"])
+    row |= {
+        "stage": stage.name,
+        "stage_index": host.progress.stage,
+        "update/lr": run.optimizer.learning_rate,
+    }
+    return state, row, kept
+
+
+def split(groups: Sequence[Group], size: int) -> list[Sequence[Group]]:
+    return [groups[i : i + size] for i in range(0, len(groups), size)]
+
+
+def packing(run: RunConfig) -> dict[str, int]:
+    """Sizes of a packed mini-batch, with room for the worst case."""
+    rollout, update = run.rollout, run.update
+    samples = rollout.prompts_per_step // update.num_minibatches * rollout.group_size
+    per_row = update.row_len // (rollout.max_prompt_len + rollout.max_response_len)
+    rows = -(-samples // per_row)
+    return {
+        "row_len": update.row_len,
+        "micro_batch_rows": update.micro_batch_rows,
+        "micro_batches": -(-rows // update.micro_batch_rows),
+    }
+
+
+@functools.cache
+def programs(
+    model: Model, mesh: Mesh, loss: LossSettings, optimizer: OptimizerSettings, temperature: float
+) -> tuple[Callable, Callable]:
+    """The scoring and update programs; stages with the same settings share their compilation."""
+    update = make_update(model, make_optimizer(optimizer), mesh, loss, temperature)
+    return make_score(model, temperature), update
+
+
+def sampling_copy(collector: Collector, params: PyTree) -> PyTree:
+    """The weights for the sampler: whole on every device, in the dtype of the products."""
+    return jax.device_put(
+        jax.tree.map(lambda x: x.astype(collector.model.dtype), params), replicated(collector.mesh)
+    )
+
+
+def refuse_broken_verifiers(sampled: Sequence[Group], run: RunConfig) -> None:
+    """Raises RuntimeError where a verifier failed (not the response) too often in one step."""
+    for name in {g.prompt.verifier for g in sampled}:
+        groups = [g for g in sampled if g.prompt.verifier == name]
+        failed = [(g, i) for g in groups for i, ok in enumerate(g.scored) if not ok]
+        rate = len(failed) / sum(len(g.tokens) for g in groups)
+        if rate > run.verifiers.max_error_rate:
+            group, index = failed[0]
+            raise RuntimeError(
+                f"verifier {name!r} failed on {rate:.0%} of the responses of one step, more than "
+                f"verifiers.max_error_rate = {run.verifiers.max_error_rate:.0%}; the first fault: "
+                f"{group.details[index]}"
+            )
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+def train(run: RunConfig, workdir: Path) -> int:
+    """Runs or continues a run in `workdir`. Returns the exit code.
+
+    Raises:
+      ValueError: settings, workdir, model, data or devices that do not fit, before any compute.
+      RuntimeError: the run cannot go on (non-finite gradients, broken verifiers).
+    """
+    started = time.monotonic()
+    refuse_other_workdir(run, workdir)
+    mesh = make_mesh(run.mesh)
+    model, params = load_model(run.model.path, jnp.dtype(run.model.dtype))
+    tokenizer = ChatTokenizer(run.model.path)
+    refuse_long_context(run, model)
+    params = jax.device_put(params, param_shardings(mesh, model.shapes()))
+    with Pool(run.verifiers.num_workers, run.verifiers.time_limit_s) as pool:
+        pool.check(DOMAINS)
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "config.json", to_dict(run))
+        collector = Collector(model, mesh, tokenizer, pool, run.seed)
+        setup = Setup(run, collector, held_out_prompts(run))
+        size = sum(x.size for x in jax.tree.leaves(params)) / 1e6
+        print(f"{size:.2f}M parameters from {run.model.path} on {mesh.size} {jax.devices()[0]}")
+        with closing(Checkpointer(workdir / "checkpoints", run.checkpoint)) as checkpointer:
+            finished = run_from(setup, initial_state(run, params), workdir, checkpointer, started)
+    print(f"report: {write_report(workdir)}")
+    return 0 if finished else EXIT_STOPPED
+
+
+def run_from(
+    setup: Setup, state: TrainState, workdir: Path, checkpointer: Checkpointer, started: float
+) -> bool:
+    """Restores the newest checkpoint if there is one, and trains. Returns whether it finished."""
+    run, host = setup.run, Host()
+    resumed = checkpointer.latest_step is not None
+    if resumed:
+        state, values = checkpointer.restore(state)
+        host = Host.from_dict(values)
+        print(f"continuing from step {host.progress.step} in {workdir}")
+    if host.progress.step >= run.total_steps and (workdir / "summary.json").exists():
+        print(f"this run is complete at step {host.progress.step}; raise --config.total_steps")
+        return True
+    writer = Writer(
+        workdir,
+        wandb=run.metrics.wandb,
+        config=to_dict(run),
+        resume_step=host.progress.step if resumed else None,
+    )
+    host.wall_s += time.monotonic() - started
+    with closing(writer), StopSignal() as stop, Progress(run.total_steps) as view:
+        state = loop(setup, state, host, checkpointer, writer, view, stop)
+        finished = host.progress.step >= run.total_steps
+        if finished:
+            finish(setup, state, host, workdir, view)
+    return finished
+
+
+def loop(
+    setup: Setup,
+    state: TrainState,
+    host: Host,
+    checkpointer: Checkpointer,
+    writer: Writer,
+    view: Progress,
+    stop: "StopSignal",
+) -> TrainState:
+    """Trains until the last step or a stop signal; saves in either case."""
+    run, timer = setup.run, Timer()
+    while host.progress.step < run.total_steps and not stop.requested:
+        begin = time.monotonic()
+        if not host.base:
+            print(f"scoring the base model on {len(setup.validation)} held-out prompts")
+            host.base, row = validate(setup, state, host, run.validation.final_samples, timer)
+            report_row(row, host, timer, begin, writer, view)
+            begin = time.monotonic()
+
+        # What the controller decides goes before the step, so that a resumed run decides it again.
+        decision = stages.decide(run, host.progress)
+        if decision.reset:
+            optimizer = make_optimizer(for_stage(run, host.progress.stage).optimizer)
+            state = reset_reference(state, optimizer, clear_optimizer=decision.clear_optimizer)
+            event = {"step": host.progress.step, "reason": decision.reset}
+            host.resets.append(event | {"optimizer": decision.clear_optimizer})
+        host.progress = stages.apply(host.progress, decision)
+
+        state, row, kept = train_step(setup, state, host, timer)
+        step, score = host.progress.step + 1, None
+        if stages.is_evaluation_due(run, step):
+            table, validation_row = validate(setup, state, host, run.validation.samples, timer)
+            score, row = table["all"]["avg_at_k"], row | validation_row
+        host.progress = stages.record(host.progress, score)
+        refuse_lost_run(host, run, checkpointer)
+        report_row(row | {"reset": decision.reset or None}, host, timer, begin, writer, view)
+        shown = [s for group in kept for s in sample_rows(group, run.rollout, step)]
+        writer.samples(shown[: run.metrics.samples_per_step])
+        if step % run.checkpoint.every == 0:
+            with timer("save"):
+                checkpointer.save(step, state, host.to_dict())
+    if host.progress.step > 0 and checkpointer.latest_step != host.progress.step:
+        with timer("save"):
+            checkpointer.save(host.progress.step, state, host.to_dict())
+    add_phases(host, timer.take())
+    return state
+
+
+def add_phases(host: Host, phases: dict[str, float]) -> None:
+    for phase, seconds in phases.items():
+        host.phases_s[phase] = host.phases_s.get(phase, 0.0) + seconds
+
+
+def report_row(
+    row: dict[str, Any], host: Host, timer: Timer, begin: float, writer: Writer, view: Progress
+) -> None:
+    """Adds times to a metrics row, writes and shows it."""
+    seconds, phases = time.monotonic() - begin, timer.take()
+    host.wall_s += seconds
+    host.rl_wall_s += seconds
+    add_phases(host, phases)
+    row |= {f"time/{phase}_s": spent for phase, spent in phases.items()}
+    row |= {"step": host.progress.step, "time_s": host.wall_s, "time/step_s": seconds}
+    if "tokens/generated" in row:
+        row["tokens/per_s"] = row["tokens/generated"] / seconds
+    writer.step(row)
+    view.show(row)
+
+
+def validate(
+    setup: Setup, state: TrainState, host: Host, samples: int, timer: Timer
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Evaluates the policy on the held-out prompts. Returns the table and its metrics."""
+    params = sampling_copy(setup.collector, state.params)
+    with timer("evaluate"):
+        table, _ = evaluate(
+            setup.collector,
+            params,
+            setup.validation,
+            samples,
+            setup.run,
+            host.progress.step,
+            Timer(),
+        )
+    row = {}
+    for name, values in table.items():
+        low, high = values["ci95"]
+        row |= {
+            f"validation/{name}/avg": values["avg_at_k"],
+            f"validation/{name}/lo": low,
+            f"validation/{name}/hi": high,
+            f"validation/{name}/pass": values["pass_at_k"],
+            f"validation/{name}/k": values["k"],
+        }
+    return table, row
+
+
+def finish(setup: Setup, state: TrainState, host: Host, workdir: Path, view: Progress) -> None:
+    """The final evaluation and summary.json."""
+    timer, begin = Timer(), time.monotonic()
+    final, _ = validate(setup, state, host, setup.run.validation.final_samples, timer)
+    seconds = time.monotonic() - begin
+    add_phases(host, timer.take())
+    summary = {
+        "steps": host.progress.step,
+        "wall_s": host.wall_s + seconds,
+        "rl_wall_s": host.rl_wall_s + seconds,
+        "samples": host.samples,
+        "generated_tokens": host.generated_tokens,
+        "params_sha256": params_sha256(state.params),
+        "resets": host.resets,
+        "validation": {"base": host.base, "final": final},
+        "phases_s": {
+            name: host.phases_s.get(name, 0.0)
+            for name in ("sample", "verify", "score", "update", "evaluate", "save")
+        },
+    }
+    write_json(workdir / "summary.json", summary)
+    view.print(final_table(summary))
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a file that is whole at any moment."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def params_sha256(params: PyTree) -> str:
+    """Hash of the weights in the order of their names."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()
+
+
+def refuse_lost_run(host: Host, run: RunConfig, checkpointer: Checkpointer) -> None:
+    """Raises RuntimeError after too many skipped updates in a row."""
+    if host.skipped_in_a_row >= run.update.max_skipped:
+        raise RuntimeError(
+            f"the last {host.skipped_in_a_row} updates, up to step {host.progress.step}, had a "
+            f"non-finite gradient and were skipped; the last good checkpoint is of step "
+            f"{checkpointer.latest_step}; lower optimizer.learning_rate and start from it."
+        )
+
+
+# --- start-up ------------------------------------------------------------------------------------
+
+
+def refuse_other_workdir(run: RunConfig, workdir: Path) -> None:
+    """Raises ValueError where the workdir holds something else than this run."""
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir: {str(workdir)!r} is a file; give a directory.")
+    saved = workdir / "config.json"
+    if saved.exists():
+        try:
+            refuse_other(run, json.loads(saved.read_text()), workdir)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--workdir: {saved} is damaged ({error}); restore it.") from error
+
+
+def refuse_long_context(run: RunConfig, model: Model) -> None:
+    """Raises ValueError where prompt and response exceed the positions of the model."""
+    longest = run.rollout.max_prompt_len + run.rollout.max_response_len
+    if longest > model.config.max_positions:
+        raise ValueError(
+            f"config: rollout.max_prompt_len + rollout.max_response_len = {longest} exceeds the "
+            f"{model.config.max_positions} positions of the model; lower them."
+        )
+
+
+def initial_state(run: RunConfig, params: PyTree) -> TrainState:
+    """The policy, a reference equal to it, and a fresh optimizer, sharded alike."""
+    optimizer = make_optimizer(for_stage(run, 0).optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    opt_shardings = optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
+    return TrainState(params, jax.tree.map(jnp.copy, params), opt_state)
+
+
+class StopSignal:
+    """Notes SIGINT and SIGTERM, so that the run saves after the current step. Twice: at once."""
+
+    def __init__(self):
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("stopping after this step, then saving; once more to stop at once", file=sys.stderr)
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        run, workdir = parse(sys.argv[1:] if argv is None else argv, workdir=True)
+        return train(run, workdir)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

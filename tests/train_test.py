@@ -1,0 +1,270 @@
+"""The main job end to end, on small settings of the tiny configuration."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from prolong_jax import train
+from prolong_jax.config import TINY_BASE
+from prolong_jax.metrics import read_rows
+
+TINY = "experiments/configs/tiny.py"
+SMALL = {
+    "total_steps": 6,
+    "rollout.prompts_per_step": 4,
+    "rollout.group_size": 4,
+    "rollout.max_sampling_rounds": 2,
+    "update.num_minibatches": 2,
+    "validation.every": 2,
+    "validation.prompts_per_level": 1,
+    "validation.samples": 2,
+    "validation.final_samples": 2,
+    "checkpoint.every": 2,
+    "stages": [
+        {"name": "one", "steps": 3},
+        {"name": "two", "reset_at_start": True, "reset": {"every": 2}},
+    ],
+}
+
+
+def arguments(workdir, **changes):
+    settings = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
+    given = [f"--config.{key}={value}" for key, value in settings.items()]
+    return [f"--config={TINY}", f"--workdir={workdir}", *given]
+
+
+def summary(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def rows_without_times(workdir):
+    rows = read_rows(workdir / "metrics.jsonl")
+    return [
+        {k: v for k, v in r.items() if not k.startswith(("time", "tokens/per_s"))} for r in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("whole")
+    assert train.main(arguments(workdir)) == 0
+    return workdir
+
+
+def test_the_workdir_contract(whole):
+    result = summary(whole)
+    assert set(result) == {
+        "steps", "wall_s", "rl_wall_s", "samples", "generated_tokens", "params_sha256", "resets",
+        "validation", "phases_s",
+    }  # fmt: skip
+    assert result["steps"] == 6 and result["wall_s"] >= result["rl_wall_s"] > 0
+    assert set(result["phases_s"]) == {"sample", "verify", "score", "update", "evaluate", "save"}
+    assert all(seconds > 0 for seconds in result["phases_s"].values()), result["phases_s"]
+    assert result["resets"] == [
+        {"step": 3, "reason": "stage", "optimizer": True},
+        {"step": 5, "reason": "schedule", "optimizer": True},
+    ]
+    domains = {"math", "code", "stem", "logic", "instruct", "all", "easy_middle", "hard"}
+    for when in ("base", "final"):
+        assert set(result["validation"][when]) == domains
+        for values in result["validation"][when].values():
+            assert set(values) == {"avg_at_k", "k", "ci95", "pass_at_k"}
+            assert values["ci95"][0] <= values["avg_at_k"] <= values["ci95"][1]
+    assert [r["step"] for r in read_rows(whole / "metrics.jsonl")] == list(range(7))
+    samples = read_rows(whole / "samples.jsonl")
+    assert samples and {"prompt", "response", "score", "status"} <= set(samples[0])
+    assert "<svg" in (whole / "report.html").read_text()
+    assert json.loads((whole / "config.json").read_text())["loss"]["clip_high"] == 0.4
+    assert (whole / "checkpoints" / "6").is_dir()
+
+
+def test_metrics_of_the_first_step_and_after_a_reset(whole):
+    rows = read_rows(whole / "metrics.jsonl")
+    for row in rows[1:]:
+        assert row["update/first_ratio_deviation"] <= 1e-6
+        assert row["update/tis_weight"] == pytest.approx(1, abs=0.1)
+        assert row["update/skipped_nonfinite"] == 0
+    assert rows[3]["update/kl_ref"] > 0
+    assert rows[4]["reset"] == "stage" and rows[6]["reset"] == "schedule"
+    assert rows[4]["update/kl_ref"] < rows[3]["update/kl_ref"]
+
+
+def test_a_prolonged_run_equals_an_uninterrupted_one(whole, tmp_path):
+    assert train.main(arguments(tmp_path, total_steps=3)) == 0
+    assert summary(tmp_path)["steps"] == 3
+    assert train.main(arguments(tmp_path, total_steps=6)) == 0
+    assert summary(tmp_path)["params_sha256"] == summary(whole)["params_sha256"]
+    assert summary(tmp_path)["resets"] == summary(whole)["resets"]
+    assert summary(tmp_path)["validation"] == summary(whole)["validation"]
+    assert rows_without_times(tmp_path) == rows_without_times(whole)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+def test_an_interrupted_run_goes_on_bit_for_bit(whole, tmp_path, number, code):
+    command = [sys.executable, "-m", "prolong_jax.train", *arguments(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=dict(os.environ))
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and process.poll() is None:
+        if len(lines(tmp_path / "metrics.jsonl")) >= 4:  # the base and three steps
+            process.send_signal(number)
+            break
+        time.sleep(0.02)
+    assert process.wait(60) == code
+    reached = len(lines(tmp_path / "metrics.jsonl"))
+    assert 4 <= reached < 7
+    assert train.main(arguments(tmp_path)) == 0
+    assert summary(tmp_path)["params_sha256"] == summary(whole)["params_sha256"]
+    assert rows_without_times(tmp_path) == rows_without_times(whole)
+    assert read_rows(tmp_path / "samples.jsonl") == read_rows(whole / "samples.jsonl")
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_finished_run_is_left_alone(whole, capsys):
+    before = (whole / "summary.json").read_text()
+    assert train.main(arguments(whole)) == 0
+    assert "complete at step 6; raise --config.total_steps" in capsys.readouterr().out
+    assert (whole / "summary.json").read_text() == before
+
+
+def test_another_seed_and_another_loss_give_another_run(whole, tmp_path):
+    for name, change in (("seed", {"seed": 1}), ("kl", {"loss__kl_coef": 0.5})):
+        workdir = tmp_path / name
+        assert train.main(arguments(workdir, total_steps=2, **change)) == 0
+        ours, theirs = (
+            read_rows(workdir / "metrics.jsonl")[2],
+            read_rows(whole / "metrics.jsonl")[2],
+        )
+        assert ours["update/loss"] != theirs["update/loss"]
+
+
+def test_eight_devices_train_like_one(whole, tmp_path):
+    """The same prompts and samples at the first step; the update agrees within rounding."""
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    assert train.main(arguments(tmp_path, total_steps=1, **mesh)) == 0
+    ours, theirs = (read_rows(w / "metrics.jsonl")[1] for w in (tmp_path, whole))
+    for name in ("reward/mean", "tokens/generated", "groups/kept"):
+        assert ours[name] == theirs[name]
+    for name in ("update/loss", "update/entropy", "update/grad_norm"):
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
+
+
+def test_twenty_steps_on_one_domain_raise_its_reward(tmp_path):
+    learn = {
+        "total_steps": 20,
+        "rollout__prompts_per_step": 8,
+        "rollout__group_size": 8,
+        "rollout__max_response_len": 64,
+        "validation__every": 100,
+        "validation__prompts_per_level": 8,
+        "validation__final_samples": 4,
+        "stages": [{"mixture": {"math": 1.0}, "levels": {"easy": 1.0, "middle": 1.0}}],
+    }
+    assert train.main(arguments(tmp_path, **learn)) == 0
+    rewards = [r["reward/math"] for r in read_rows(tmp_path / "metrics.jsonl")[1:]]
+    early, late = np.mean(rewards[:4]), np.mean(rewards[-4:])
+    assert late > early + 0.1, rewards
+    validation = summary(tmp_path)["validation"]
+    assert validation["final"]["math"]["avg_at_k"] > validation["base"]["math"]["avg_at_k"]
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def refusal(capsys, argv):
+    """The single sentence that a refused start prints."""
+    assert train.main(argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error, error
+    return error
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"loss__clip_hi": 0.3}, "did you mean 'loss.clip_high'"),
+        ({"rollout__prompts_per_step": 5}, "must be a multiple of 'update.num_minibatches'"),
+        ({"mesh__data": 4, "mesh__tensor": 4}, "wants 16 devices, found 8"),
+        ({"mesh__tensor": 3}, "mesh: tensor = 3 does not divide"),
+        ({"model__path": "/no/such/model"}, "expected a Hugging Face model directory"),
+        (
+            {"rollout__max_response_len": 1000, "update__row_len": 2000},
+            "512 positions of the model",
+        ),
+        ({"stages": [{"mixture": {"math": 0.0}}]}, "no data to draw"),
+    ],
+)
+def test_bad_input_is_refused_before_any_compute(capsys, tmp_path, change, message):
+    workdir = tmp_path / "run"
+    assert message in refusal(capsys, arguments(workdir, **change))
+    assert not workdir.exists()
+
+
+def test_bad_command_lines_are_refused(capsys, tmp_path, whole):
+    config, workdir = f"--config={TINY}", f"--workdir={tmp_path}"
+    assert "unknown argument '--steps=3'" in refusal(capsys, [config, workdir, "--steps=3"])
+    assert "found none at" in refusal(capsys, ["--config=nothing.py", workdir])
+    other = arguments(whole, loss__clip_low=0.1)
+    assert "holds a run with other settings: loss.clip_low" in refusal(capsys, other)
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "is a file; give a directory" in refusal(capsys, [config, f"--workdir={file}"])
+
+
+def edited_model(tmp_path, **changes):
+    directory = shutil.copytree(TINY_BASE, tmp_path / "model")
+    for name, values in changes.items():
+        path = directory / f"{name}.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in (content | values).items() if v is not None}))
+    return directory
+
+
+def test_a_tokenizer_without_a_stop_token_is_refused(capsys, tmp_path):
+    directory = edited_model(
+        tmp_path, tokenizer_config={"eos_token": None}, generation_config={"eos_token_id": None}
+    )
+    error = refusal(capsys, arguments(tmp_path / "run", model__path=directory))
+    assert "has no stop token; set eos_token" in error
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(capsys, tmp_path):
+    directory = edited_model(tmp_path, tokenizer_config={"chat_template": None})
+    error = refusal(capsys, arguments(tmp_path / "run", model__path=directory))
+    assert "has no chat template" in error
+
+
+def test_a_broken_model_is_refused(capsys, tmp_path):
+    directory = edited_model(tmp_path)
+    (directory / "model.safetensors").write_bytes(b"rubbish")
+    error = refusal(capsys, arguments(tmp_path / "run", model__path=directory))
+    assert "model.safetensors is broken" in error
+
+
+def test_a_verifier_that_cannot_start_is_refused(capsys, tmp_path, monkeypatch):
+    """Without reasoning_gym the logic domain has no scorer."""
+    broken = tmp_path / "path" / "reasoning_gym"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('reasoning_gym is broken')")
+    monkeypatch.setenv("PYTHONPATH", str(broken.parent))
+    error = refusal(capsys, arguments(tmp_path / "run"))
+    assert "logic" in error and "reasoning_gym is broken" in error
+
+
+def test_the_error_of_a_wrong_checkpoint_names_it(capsys, whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    for file in (workdir / "checkpoints" / "6").rglob("*"):
+        if file.is_file() and file.stat().st_size > 10_000:
+            file.write_bytes(b"")
+    argv = arguments(workdir, total_steps=8)
+    assert "the checkpoint of step 6 cannot be restored" in refusal(capsys, argv)
