@@ -1,0 +1,117 @@
+"""Plants known bugs one at a time and lists the tests that catch each: python -m tests.planted_bugs
+
+A bug that no test catches makes the command fail. Works on a copy of the repository.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Bug(NamedTuple):
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str  # where to look: test files, space-separated
+
+
+BUGS = (
+    Bug(
+        "sign of the loss",
+        "prolong_jax/losses.py",
+        "return -jnp.minimum(",
+        "return jnp.minimum(",
+        "tests/losses_test.py tests/update_test.py",
+    ),
+    Bug(
+        "clip bounds swapped",
+        "prolong_jax/losses.py",
+        "jnp.clip(ratio_BT, 1.0 - clip_low, 1.0 + clip_high)",
+        "jnp.clip(ratio_BT, 1.0 - clip_high, 1.0 + clip_low)",
+        "tests/losses_test.py tests/update_test.py",
+    ),
+    Bug(
+        "mask ignored",
+        "prolong_jax/masked.py",
+        "return jnp.where(mask_BT, x_BT.astype(jnp.float32), 0.0).sum(axis=-1)",
+        "return x_BT.astype(jnp.float32).sum(axis=-1)",
+        "tests/masked_test.py tests/losses_test.py tests/update_test.py",
+    ),
+    Bug(
+        "stop token dropped",
+        "prolong_jax/sampler.py",
+        "is_stop_BT.argmax(-1) + 1, T)",
+        "is_stop_BT.argmax(-1), T)",
+        "tests/sampler_test.py",
+    ),
+    Bug(
+        "old logprobs at the wrong temperature",
+        "prolong_jax/train.py",
+        "return make_score(model, temperature), update",
+        "return make_score(model, 0.8 * temperature), update",
+        "tests/train_test.py",
+    ),
+    Bug(
+        "reference not reset",
+        "prolong_jax/update.py",
+        "state = replace(state, ref_params=ref_params)",
+        "state = replace(state, ref_params=state.ref_params)",
+        "tests/update_test.py",
+    ),
+    Bug(
+        "optimizer not reset",
+        "prolong_jax/update.py",
+        "return replace(state, opt_state=fresh)",
+        "return state",
+        "tests/update_test.py",
+    ),
+    Bug(
+        "data cursor not saved",
+        "prolong_jax/train.py",
+        'Cursor(values["cursor"]["position"], surplus)',
+        "Cursor(0, surplus)",
+        "tests/train_test.py",
+    ),
+)
+
+
+def failing_tests(bug: Bug, root: Path) -> list[str]:
+    """Names of the tests that fail with the bug in place."""
+    path = root / bug.file
+    source = path.read_text()
+    if source.count(bug.right) != 1:
+        raise ValueError(f"{bug.file}: expected {bug.right!r} once; update tests/planted_bugs.py.")
+    path.write_text(source.replace(bug.right, bug.wrong))
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-x", *bug.tests.split()]
+    try:
+        output = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout
+    finally:
+        path.write_text(source)
+    return re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="part of a bug's name")
+    only, missed = parser.parse_args().only, 0
+    repository = Path(__file__).parents[1]
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory) / "copy"
+        ignored = shutil.ignore_patterns(".git", "runs", "*.egg-info", "__pycache__")
+        shutil.copytree(repository, root, ignore=ignored)
+        for bug in BUGS:
+            if only in bug.name:
+                caught_by = failing_tests(bug, root)
+                missed += not caught_by
+                print(f"{bug.name}: {caught_by[0] if caught_by else 'NOT CAUGHT'}", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
