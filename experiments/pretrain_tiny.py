@@ -53,7 +53,9 @@ class Phase(NamedTuple):
     name: str
     steps: int  # optimizer steps
     share: dict[str, float]  # of the levels
-    right: dict[str, float]  # chance that a response is right all the way, by level or domain/level
+    right: dict[
+        str, float
+    ]  # chance that all steps of a response are right, by level or domain/level
 
 
 COURSE = (
@@ -64,19 +66,14 @@ COURSE = (
 EVENING = (
     Phase(
         "evening",
-        250,
-        {"easy": 0.3, "middle": 0.35, "hard": 0.35},
+        400,
+        {"easy": 0.3, "middle": 0.3, "hard": 0.4},
         {
-            "easy": 0.45,
-            "middle": 0.28,
-            "hard": 0.01,
-            "math/easy": 0.6,
-            "math/middle": 0.5,
-            "math/hard": 0.03,
-            "code/hard": 0.002,
-            "stem/hard": 0.0002,
-            "logic/hard": 0.001,
-            "instruct/hard": 0.03,
+            **{"math/easy": 0.5, "math/middle": 0.4, "math/hard": 0.03},
+            **{"code/easy": 0.45, "code/middle": 0.35, "code/hard": 0.003},
+            **{"stem/easy": 0.6, "stem/middle": 0.4, "stem/hard": 0.0002},
+            **{"logic/easy": 0.5, "logic/middle": 0.3, "logic/hard": 0.00001},
+            **{"instruct/easy": 0.4, "instruct/middle": 0.2, "instruct/hard": 0.01},
         },
     ),
 )
@@ -89,7 +86,7 @@ def draw(rng: random.Random, phase: Phase) -> tuple[str, str]:
     problem = procedural.make_problem(domain, level, "train", 1, rng.randrange(10**9))
     chances = procedural.CountedSlips(rng)
     problem.work(chances)
-    right = phase.right.get(f"{domain}/{level}", phase.right[level])
+    right = phase.right[level if level in phase.right else f"{domain}/{level}"]
     rate = 1 - right ** (1 / max(1, chances.count))
     return problem.question, problem.work(procedural.Slips(rng, rate))
 

@@ -1,7 +1,13 @@
 """The embedded model on the embedded tasks: a prolonged run in miniature, in three stages.
 
+As in the paper's run history (arXiv 2505.24864, appendix E), instruction following joins late, and
+the reference and the optimizer are reset when a stage begins, when validation stalls, and on a
+schedule. Sizes, learning rate and KL coefficient are ours.
+
 Hardware: 2 CPU cores. Time: about 8 minutes.
 Command: python -m prolong_jax.train --config=experiments/configs/tiny.py --workdir=runs/tiny
+Expected: the validation score on the easy and middle levels rises from 30% to above 80%;
+experiments/LOG.md has the numbers of three seeds.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +24,7 @@ def get_config() -> ConfigDict:
                 "temperature": 1.0,
                 "max_prompt_len": 64,
                 "max_response_len": 128,
-                "max_sampling_rounds": 3,
+                "max_sampling_rounds": 2,
             },
             "loss": {"kl_coef": 1e-3},
             "optimizer": {"learning_rate": 2e-4},
@@ -32,14 +38,16 @@ def get_config() -> ConfigDict:
                 },
                 {
                     "name": "five domains",
-                    "steps": 40,
+                    "steps": 50,
+                    "end_on_plateau": True,
                     "reset_at_start": True,
-                    "reset": {"plateau_window": 2},
+                    "reset": {"plateau_window": 2, "plateau_gain": 0.05},
                 },
                 {
                     "name": "harder",
-                    "levels": {"easy": 0.5, "middle": 1.0, "hard": 2.0},
-                    "reset": {"every": 20},
+                    "levels": {"easy": 0.5, "middle": 1.0, "hard": 1.0},
+                    "reset": {"every": 15, "plateau_window": 2, "plateau_gain": 0.05},
+                    "overrides": {"optimizer.learning_rate": 1e-4},
                 },
             ],
         }
