@@ -208,8 +208,8 @@ def final_table(summary: Mapping[str, Any]) -> Table:
     """Scores base -> final per validation set: avg@k with its 95% interval, and pass@k."""
     tables = [summary["validation"][policy] for policy in ("base", "final")]
     k = max((scores["k"] for table in tables for scores in table.values()), default=0)
-    shown = Table("", box=box.SIMPLE, title=f"validation: avg@{k} [95% interval] and pass@{k}")
-    for heading in ("base avg", "base pass", "final avg", "final pass", "gain"):
+    shown = Table(box=box.SIMPLE, title=f"validation: avg@{k} [95% interval] and pass@{k}")
+    for heading in ("", "base avg", "pass", "final avg", "pass", "gain"):
         shown.add_column(heading, no_wrap=True, justify="right")
     for name in VALIDATION_SETS:
         scores = [table[name] for table in tables if name in table]

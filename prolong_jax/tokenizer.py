@@ -33,11 +33,13 @@ class ChatTokenizer:
         self.pad_id: int = self.stop_ids[0] if pad is None else pad
 
     def _read_stop_ids(self, directory: Path) -> tuple[int, ...]:
-        generation = directory / "generation_config.json"
-        stops = (
-            json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
-        )
-        stops = self._tokenizer.eos_token_id if stops is None else stops
+        """What the files declare; the default of a tokenizer class may be no token of the model."""
+        names = ("generation_config.json", "config.json", "tokenizer_config.json")
+        files = [directory / name for name in names]
+        declared = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+        stops = declared[0].get("eos_token_id", declared[1].get("eos_token_id"))
+        if stops is None and declared[2].get("eos_token") is not None:
+            stops = self._tokenizer.eos_token_id
         if stops is None:
             raise ValueError(
                 f"model.path: the tokenizer in {str(directory)!r} has no stop token; set "

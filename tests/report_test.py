@@ -87,12 +87,14 @@ def test_responses_are_escaped(workdir):
 def test_resets_are_marked_where_they_happened(workdir):
     finish(workdir)
     html = page(workdir)
-    for step in (40, 75):
-        x = report.x_of(step, 100)
-        assert f'data-step="{step}" x1="{x:.1f}" x2="{x:.1f}"' in html
-    assert report.x_of(40, 100) - report.x_of(0, 100) == pytest.approx(
-        0.4 * (report.x_of(100, 100) - report.x_of(0, 100))
-    )
+    entropy = html[html.index("Entropy") :]
+    ticks = {
+        int(t): float(x) for x, t in re.findall(r'"tick" x="([\d.]+)" y="\d+">(\d+)<', entropy)
+    }
+    for step in (40, 75):  # on the axis that the reader sees
+        x = ticks[0] + (ticks[100] - ticks[0]) * step / 100
+        found = re.search(rf'data-step="{step}" x1="([\d.]+)" x2="([\d.]+)"', entropy)
+        assert found and [float(end) for end in found.groups()] == pytest.approx([x, x], abs=0.11)
     assert "reset 2, after step 75: plateau" in html
     assert "<td>plateau</td><td>kept</td>" in html
 
@@ -108,6 +110,39 @@ def test_base_and_final_numbers(workdir):
 def test_an_unfinished_run_is_shown_as_far_as_it_is(workdir):
     html = page(workdir)
     assert "not finished: step 100 of 100" in html and "+0.500" in html
+
+
+def test_a_summary_of_an_earlier_end_is_not_taken_for_the_final_one(workdir):
+    finish(workdir)
+    with open(workdir / "metrics.jsonl", "a") as file:  # the run is prolonged
+        file.write(json.dumps({"step": 101, "reset": "schedule"}) + "\n")
+    html = page(workdir)
+    assert "not finished: step 101 of 100" in html and "0.812 [0.7" not in html
+    assert "<td>schedule</td><td>known when the run is finished</td>" in html
+
+
+def test_pass_at_different_k_is_not_joined_by_a_line(workdir):
+    finish(workdir)  # k is 4 during the run, 16 at its end
+    run = report.read_workdir(workdir)
+    dashed = re.search(
+        r'c1 dashed"><path class="curve" d="(.*?)"', report.validation_chart(run, "all")
+    )
+    assert dashed and len(re.findall("[ML]", dashed.group(1))) == 5  # steps 0, 20, 40, 60, 80
+
+
+def test_a_run_without_rows_or_with_odd_text_is_shown(workdir):
+    write_rows(workdir / "samples.jsonl", [{"step": 1, "response": "\ud800 " + "a" * 9000}])
+    assert "[... 5002 characters ...]" in page(workdir)
+    (workdir / "metrics.jsonl").write_text("")
+    (workdir / "samples.jsonl").write_text("")
+    assert "not finished: step 0 of 100" in page(workdir)
+
+
+def test_a_gap_where_a_value_is_not_finite(workdir):
+    rows = [{"step": s, "update/entropy": None if s == 2 else 0.5} for s in range(1, 5)]
+    write_rows(workdir / "metrics.jsonl", rows)
+    path = re.search(r'class="curve" d="(.*?)"', page(workdir))
+    assert path and re.findall("[ML]", path.group(1)) == ["M", "M", "L"]
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path, capsys):
