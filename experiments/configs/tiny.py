@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
                 "max_sampling_rounds": 2,
             },
             "loss": {"kl_coef": 1e-3},
-            "optimizer": {"learning_rate": 2e-4},
+            "optimizer": {"learning_rate": 2e-4, "warmup_steps": 8},
             "update": {"micro_batch_rows": 4, "row_len": 192},
             "validation": {"every": 10, "temperature": 1.0, "top_p": 1.0},
             "stages": [
@@ -47,7 +47,6 @@ def get_config() -> ConfigDict:
                     "name": "harder",
                     "levels": {"easy": 0.5, "middle": 1.0, "hard": 1.0},
                     "reset": {"every": 15, "plateau_window": 2, "plateau_gain": 0.05},
-                    "overrides": {"optimizer.learning_rate": 1e-4},
                 },
             ],
         }

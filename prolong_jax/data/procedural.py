@@ -212,7 +212,8 @@ def _quantity(rng: random.Random, level: str) -> Problem:
         f"The {first} is {a} {first_unit} and the {second} is {b} {second_unit}. "
         rf"What is the {name}? Answer in \boxed{{}}."
     )
-    return Problem(question, {"answer": f"{a * b} {unit}"}, work)
+    # Whole numbers: the usual tolerance would pay for a wrong last digit.
+    return Problem(question, {"answer": f"{a * b} {unit}", "rel_tol": 1e-9}, work)
 
 
 def _choice(rng: random.Random, level: str) -> Problem:
