@@ -1,7 +1,7 @@
 """From the rewards of a prompt's group of responses to their advantages. Host side, numpy.
 
 `reward` holds one number per response, groups along the last axis. `scored` is false where the
-verifier gave no verdict (timeout, error); the reward found there is never looked at.
+verifier itself failed (status ERROR); the reward found there is never looked at.
 """
 
 import numpy as np

@@ -10,7 +10,6 @@ import difflib
 import importlib.util
 import json
 import math
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 DOMAINS = ("math", "code", "stem", "logic", "instruct")
+LEVELS = ("easy", "middle", "hard")  # that are trained on
 TINY_BASE = str(Path(__file__).parent / "assets" / "tiny_base")
 
 
@@ -43,6 +43,7 @@ class RolloutSettings:
     max_response_len: int = 7072  # tokens
     dynamic_sampling: bool = True  # drop groups whose raw rewards are all equal, and draw more
     max_sampling_rounds: int = 4  # rounds of prompts_per_step prompts, at most
+    sample_rows: int = 256  # responses that are sampled at once; bounds the memory of the KV cache
     stop_properly: float = 1.0  # factor on the reward of unterminated responses; < 0 replaces it
 
 
@@ -146,7 +147,7 @@ class RunConfig:
 
 
 # Settings that may differ when a workdir is continued.
-MAY_CHANGE = ("total_steps", "metrics", "checkpoint", "verifiers")
+MAY_CHANGE = ("total_steps", "mesh", "metrics", "checkpoint", "verifiers")
 _OVERRIDABLE = ("rollout", "loss", "optimizer", "update")
 
 
@@ -185,7 +186,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     elif type(value) is hint:
         return value
-    name = hint.__name__ if isinstance(hint, type | types.GenericAlias) else str(hint)
+    name = getattr(hint, "__name__", str(hint))
     raise ValueError(f"config: {where!r} expects {name}, got {value!r}.")
 
 
@@ -295,29 +296,45 @@ def check(run: RunConfig) -> None:
         f"'metrics.wandb' must be off, offline or online, got {wandb!r}.",
     )
     for index, stage in enumerate(run.stages):
+        _check_positive(for_stage(run, index))
         _check_sizes(for_stage(run, index))
         last = index == len(run.stages) - 1
-        ends = stage.steps > 0 or stage.end_on_plateau
-        _require(last or ends, f"'stages.{index}' never ends, but a stage follows; set its steps.")
-        for name in stage.mixture:
+        on_plateau = stage.end_on_plateau and stage.reset.plateau_window > 0
+        _require(
+            last or stage.steps > 0 or on_plateau,
+            f"'stages.{index}' never ends, but a stage follows; set its steps, or end_on_plateau "
+            "with reset.plateau_window.",
+        )
+        for key, weights, known in (
+            ("mixture", stage.mixture, DOMAINS),
+            ("levels", stage.levels, LEVELS),
+        ):
+            where = f"'stages.{index}.{key}'"
+            unknown = [name for name in weights if name not in known]
             _require(
-                name in DOMAINS,
-                f"'stages.{index}.mixture' names {name!r}; expected one of {', '.join(DOMAINS)}.",
+                not unknown,
+                f"{where} names {', '.join(map(repr, unknown))}; expected one of {', '.join(known)}.",
             )
-        for key, weights in (("mixture", stage.mixture), ("levels", stage.levels)):
             _require(
                 sum(weights.values()) > 0 and min(weights.values()) >= 0,
-                f"'stages.{index}.{key}' has no positive weight, so there is no data to draw.",
+                f"{where} has no positive weight, so there is no data to draw.",
             )
 
 
-def _check_sizes(run: RunConfig) -> None:
+def _check_positive(run: RunConfig) -> None:
     rollout, update, loss, mesh = run.rollout, run.update, run.loss, run.mesh
     positive = {
         "rollout.prompts_per_step": rollout.prompts_per_step,
         "rollout.max_sampling_rounds": rollout.max_sampling_rounds,
         "rollout.max_response_len": rollout.max_response_len,
+        "rollout.max_prompt_len": rollout.max_prompt_len,
         "rollout.temperature": rollout.temperature,
+        "loss.tis_cap": loss.tis_cap,
+        "update.max_skipped": update.max_skipped,
+        "validation.prompts_per_level": run.validation.prompts_per_level,
+        "validation.temperature": run.validation.temperature,
+        "validation.top_p": run.validation.top_p,
+        "verifiers.time_limit_s": run.verifiers.time_limit_s,
         "update.num_minibatches": update.num_minibatches,
         "update.micro_batch_rows": update.micro_batch_rows,
         "optimizer.learning_rate": run.optimizer.learning_rate,
@@ -336,6 +353,10 @@ def _check_sizes(run: RunConfig) -> None:
         _require(
             value > 0 and math.isfinite(value), f"{name!r} must be greater than 0, got {value}."
         )
+
+
+def _check_sizes(run: RunConfig) -> None:
+    rollout, update, loss, mesh = run.rollout, run.update, run.loss, run.mesh
     _require(
         rollout.group_size >= 2,
         f"'rollout.group_size' must be at least 2, got {rollout.group_size}: "
@@ -365,6 +386,20 @@ def _check_sizes(run: RunConfig) -> None:
         0 < loss.clip_low < 1 and loss.clip_high > 0,
         f"'loss.clip_low' must be in (0, 1) and 'loss.clip_high' positive, "
         f"got {loss.clip_low} and {loss.clip_high}.",
+    )
+    _require(loss.kl_coef >= 0, f"'loss.kl_coef' must be 0 or more, got {loss.kl_coef}.")
+    _require(
+        run.optimizer.warmup_steps >= 0,
+        f"'optimizer.warmup_steps' must be 0 or more, got {run.optimizer.warmup_steps}.",
+    )
+    _require(
+        rollout.stop_properly <= 1,
+        f"'rollout.stop_properly' must be at most 1, got {rollout.stop_properly}.",
+    )
+    _require(
+        rollout.sample_rows >= rollout.group_size,
+        f"'rollout.sample_rows' ({rollout.sample_rows}) must hold a group of "
+        f"'rollout.group_size' ({rollout.group_size}).",
     )
     _require(
         loss.kl_estimator in ("k2", "k3"),

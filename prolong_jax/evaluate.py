@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prolong_jax.config import RunConfig, parse
-from prolong_jax.data.procedural import DOMAINS, LEVELS, validation_prompts
+from prolong_jax.config import DOMAINS, LEVELS, RunConfig, parse
+from prolong_jax.data.procedural import validation_prompts
 from prolong_jax.data.prompts import Prompt
-from prolong_jax.mesh import make_mesh, replicated
+from prolong_jax.mesh import make_mesh
 from prolong_jax.models.hf import load_model
-from prolong_jax.rollout import Collector, Group, Timer, sample_groups
+from prolong_jax.rollout import Collector, Group, Timer, sample_groups, sampling_copy
 from prolong_jax.sampler import SamplingRule
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.types import PyTree
@@ -58,7 +58,7 @@ def evaluate(
       prompts: held-out prompts.
       samples: k.
       run: for the sampling rule and the size of a sampling batch.
-      step: training step, part of every sample's key.
+      step: training steps so far, part of every sample's key.
       timer: adds up the seconds.
 
     Returns:
@@ -71,16 +71,7 @@ def evaluate(
         temperature=run.validation.temperature,
         top_p=run.validation.top_p,
     )
-    rows = run.rollout.prompts_per_step * run.rollout.group_size
-    devices = run.mesh.data * run.mesh.fsdp
-    at_once = devices * max(1, rows // (samples * devices))
-    groups: list[Group] = []
-    for start in range(0, len(prompts), at_once):
-        chunk = list(prompts[start : start + at_once])
-        filled = chunk + [chunk[-1]] * (at_once - len(chunk))  # one shape, one compilation
-        groups += sample_groups(
-            collector, params, filled, samples, step, rule, run.rollout.max_prompt_len, timer
-        )[: len(chunk)]
+    groups = sample_groups(collector, params, prompts, samples, step, rule, run.rollout, timer)
     return summarise(groups), groups
 
 
@@ -130,8 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Pool(run.verifiers.num_workers, run.verifiers.time_limit_s) as pool:
             pool.check(DOMAINS)
             mesh = make_mesh(run.mesh)
-            params = jax.device_put(params, replicated(mesh))
             collector = Collector(model, mesh, tokenizer, pool, run.seed)
+            params = sampling_copy(collector, jax.tree.map(jnp.asarray, params))
             prompts, samples = held_out_prompts(run), run.validation.final_samples
             table, groups = evaluate(collector, params, prompts, samples, run, 0, Timer())
     except ValueError as error:

@@ -1,16 +1,22 @@
 """The optimizer: AdamW with global-norm clipping and a constant learning rate after warm-up."""
 
+from typing import Any
+
+import jax.numpy as jnp
 import optax
 
 from prolong_jax.config import OptimizerSettings
+from prolong_jax.types import Array
 
 
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     """Decoupled weight decay (arXiv 1711.05101) after clipping the gradient's global norm."""
-    if settings.warmup_steps:
-        schedule = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
-    else:
-        schedule = settings.learning_rate
+
+    def schedule(count: Any) -> Array:
+        """Step 1 of `warmup_steps` already moves the weights."""
+        warm = (count + 1) / max(1, settings.warmup_steps)
+        return settings.learning_rate * jnp.minimum(1.0, warm)
+
     return optax.chain(
         optax.clip_by_global_norm(settings.max_grad_norm),
         optax.adamw(

@@ -20,9 +20,9 @@ from jax.sharding import Mesh
 from prolong_jax.advantages import group_advantage, is_dead, stop_properly
 from prolong_jax.config import RolloutSettings
 from prolong_jax.data.prompts import Prompt
-from prolong_jax.mesh import by_rows
+from prolong_jax.mesh import by_rows, replicated
 from prolong_jax.models.decoder import Model
-from prolong_jax.sampler import SamplingRule, generate, left_pad, sample_keys
+from prolong_jax.sampler import Samples, SamplingRule, generate, left_pad, sample_keys
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.types import PyTree
 from prolong_jax.update import Conversation
@@ -92,6 +92,19 @@ class Timer:
         return seconds
 
 
+def sampling_copy(collector: Collector, params: PyTree) -> PyTree:
+    """The weights for the sampler: whole on every device, layers in the dtype of the products.
+
+    Embedding and head stay in float32, as the trainer uses them for its logits.
+    """
+
+    def cast(path: tuple, x: jax.Array) -> jax.Array:
+        return x if path[0].key in ("embed", "head") else x.astype(collector.model.dtype)
+
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    return jax.device_put(params, replicated(collector.mesh))
+
+
 def sample_groups(
     collector: Collector,
     params: PyTree,
@@ -99,47 +112,67 @@ def sample_groups(
     group_size: int,
     step: int,
     rule: SamplingRule,
-    max_prompt_len: int,
+    settings: RolloutSettings,
     timer: Timer,
 ) -> list[Group]:
-    """Samples a group for each prompt and has every response verified.
-
-    The number of prompts is a multiple of the devices that share rows.
+    """Samples a group for each prompt, `sample_rows` responses at a time, and verifies them.
 
     Raises:
       ValueError: a prompt is longer than `max_prompt_len` tokens.
     """
-    encoded = [collector.tokenizer.encode_chat(p.messages) for p in prompts]
-    tokens_PS, valid_PS = left_pad([ids for ids, _ in encoded], max_prompt_len, rule.pad_id)
-    numbers = [zlib.crc32(p.id.encode()) for p in prompts]
-    keys_PG = sample_keys(collector.seed, step, numbers, group_size)
-    tokens_PS, valid_PS, keys_PG = jax.device_put(
-        (tokens_PS, valid_PS, keys_PG), by_rows(collector.mesh)
+    devices = collector.mesh.shape["data"] * collector.mesh.shape["fsdp"]
+    at_once = devices * max(1, settings.sample_rows // (group_size * devices))
+    groups: list[Group] = []
+    for start in range(0, len(prompts), at_once):
+        chunk = list(prompts[start : start + at_once])
+        filled = chunk + [chunk[-1]] * (at_once - len(chunk))  # one shape, one compilation
+        encoded = [collector.tokenizer.encode_chat(p.messages) for p in filled]
+        ids = [tokens for tokens, _ in encoded]
+        numbers = [zlib.crc32(p.id.encode()) for p in filled]
+        inputs = (
+            *left_pad(ids, settings.max_prompt_len, rule.pad_id),
+            sample_keys(collector.seed, step, numbers, group_size),
+        )
+        with timer("sample"):
+            tokens_PS, valid_PS, keys_PG = jax.device_put(inputs, by_rows(collector.mesh))
+            samples = generate(collector.model, params, tokens_PS, valid_PS, keys_PG, rule)
+        with timer("verify"):
+            groups += _verified(collector, chunk, encoded, samples, step)
+    return groups
+
+
+def _verified(
+    collector: Collector,
+    prompts: Sequence[Prompt],
+    encoded: Sequence[tuple[list[int], str]],
+    samples: Samples,
+    step: int,
+) -> list[Group]:
+    """The samples of the given prompts as groups, with the verdicts of the pool."""
+    group_size = len(samples.lengths) // len(encoded)
+    rows = range(len(prompts) * group_size)
+    tokens = [samples.tokens[row, : samples.lengths[row]].tolist() for row in rows]
+    texts = [collector.tokenizer.decode(ids) for ids in tokens]
+    of = [row // group_size for row in rows]  # the prompt of each row
+    verdicts = collector.pool.score_all(
+        (prompts[p].verifier, encoded[p][1] + text, prompts[p].reference)
+        for p, text in zip(of, texts, strict=True)
     )
-    with timer("sample"):
-        samples = generate(collector.model, params, tokens_PS, valid_PS, keys_PG, rule)
-    texts, requests = [], []
-    for row, length in enumerate(samples.lengths):
-        prompt, opened = prompts[row // group_size], encoded[row // group_size][1]
-        texts.append(collector.tokenizer.decode(samples.tokens[row, :length].tolist()))
-        requests.append((prompt.verifier, opened + texts[-1], prompt.reference))
-    with timer("verify"):
-        verdicts = collector.pool.score_all(requests)
     groups = []
     for p, prompt in enumerate(prompts):
-        rows = range(p * group_size, (p + 1) * group_size)
-        lengths = [int(samples.lengths[r]) for r in rows]
+        part = slice(p * group_size, (p + 1) * group_size)
+        logp = zip(samples.logp[part], samples.lengths[part], strict=True)
         groups.append(
             Group(
                 prompt=prompt,
                 prompt_tokens=encoded[p][0],
-                tokens=[samples.tokens[r, :n].tolist() for r, n in zip(rows, lengths, strict=True)],
-                logp=[samples.logp[r, :n].tolist() for r, n in zip(rows, lengths, strict=True)],
-                stopped=[bool(samples.stopped[r]) for r in rows],
-                texts=[texts[r] for r in rows],
-                scores=[verdicts[r].score for r in rows],
-                statuses=[str(verdicts[r].status) for r in rows],
-                details=[verdicts[r].detail for r in rows],
+                tokens=tokens[part],
+                logp=[values[:length].tolist() for values, length in logp],
+                stopped=samples.stopped[part].tolist(),
+                texts=texts[part],
+                scores=[verdict.score for verdict in verdicts[part]],
+                statuses=[str(verdict.status) for verdict in verdicts[part]],
+                details=[verdict.detail for verdict in verdicts[part]],
                 step=step,
             )
         )
@@ -189,7 +222,7 @@ def collect(
             settings.group_size,
             step,
             rule,
-            settings.max_prompt_len,
+            settings,
             timer,
         )
         sampled += groups
@@ -246,30 +279,24 @@ def statistics(kept: Sequence[Group], sampled: Sequence[Group], cursor: Cursor) 
     }
 
 
-def sample_rows(group: Group, settings: RolloutSettings, step: int) -> list[dict[str, Any]]:
-    """The group's responses as rows of samples.jsonl."""
+def sample_rows(
+    groups: Sequence[Group], settings: RolloutSettings, step: int
+) -> list[dict[str, Any]]:
+    """The first response of each group as a row of samples.jsonl."""
     return [
         {
             "step": step,
             "domain": group.prompt.domain,
             "level": group.prompt.level,
             "prompt": group.prompt.messages[-1]["content"],
-            "response": text,
-            "score": score,
-            "status": status,
-            "detail": detail,
-            "advantage": float(advantage),
-            "stopped": stopped,
+            "response": group.texts[0],
+            "score": group.scores[0],
+            "status": group.statuses[0],
+            "detail": group.details[0],
+            "advantage": float(advantages(group, settings)[0]),
+            "stopped": group.stopped[0],
         }
-        for text, score, status, detail, advantage, stopped in zip(
-            group.texts,
-            group.scores,
-            group.statuses,
-            group.details,
-            advantages(group, settings),
-            group.stopped,
-            strict=True,
-        )
+        for group in groups
     ]
 
 

@@ -82,7 +82,7 @@ def draw(logits_BV: Array, uniform_B: Array) -> Array:
     target_B = uniform_B * mass_BK.sum(axis=-1)
     block_B1, before_B = _invert(mass_BK, target_B)
     inside_BC = jnp.take_along_axis(p_BKC, block_B1[:, :, None], axis=1)[:, 0]
-    offset_B1, _ = _invert(inside_BC, target_B - before_B)
+    offset_B1, _ = _invert(inside_BC, jnp.maximum(target_B - before_B, 0.0))
     return (block_B1 * size + offset_B1)[:, 0].astype(jnp.int32)
 
 

@@ -28,6 +28,11 @@ class ChatTokenizer:
                 f"model.path: the tokenizer in {str(directory)!r} has no chat template; "
                 "add one to its tokenizer_config.json."
             )
+        if not self._tokenizer.encode("1 + 2", add_special_tokens=False):
+            raise ValueError(
+                f"model.path: the tokenizer in {str(directory)!r} has an empty vocabulary; add its "
+                "tokenizer.json or tokenizer.model."
+            )
         self.stop_ids = self._read_stop_ids(Path(directory))
         pad = self._tokenizer.pad_token_id
         self.pad_id: int = self.stop_ids[0] if pad is None else pad
@@ -37,15 +42,20 @@ class ChatTokenizer:
         names = ("generation_config.json", "config.json", "tokenizer_config.json")
         files = [directory / name for name in names]
         declared = [json.loads(file.read_text()) if file.exists() else {} for file in files]
-        stops = declared[0].get("eos_token_id", declared[1].get("eos_token_id"))
+        stops = declared[0].get("eos_token_id")
+        stops = declared[1].get("eos_token_id") if stops is None else stops
         if stops is None and declared[2].get("eos_token") is not None:
             stops = self._tokenizer.eos_token_id
-        if stops is None:
+        if stops is None or stops == []:
             raise ValueError(
                 f"model.path: the tokenizer in {str(directory)!r} has no stop token; set "
                 "eos_token in its tokenizer_config.json or eos_token_id in generation_config.json."
             )
         return (stops,) if isinstance(stops, int) else tuple(stops)
+
+    @property
+    def largest_id(self) -> int:
+        return max(*self._tokenizer.get_vocab().values(), *self.stop_ids)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], str]:
         """Token ids of the rendered chat, and the part of the answer that the template opened.

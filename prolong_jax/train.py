@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from jax.sharding import Mesh
 from prolong_jax import stages
 from prolong_jax.checkpoint import Checkpointer
 from prolong_jax.config import (
+    DOMAINS,
     LossSettings,
     OptimizerSettings,
     RunConfig,
@@ -34,7 +36,6 @@ from prolong_jax.config import (
     to_dict,
 )
 from prolong_jax.data.mixture import prompt_at
-from prolong_jax.data.procedural import DOMAINS
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.evaluate import evaluate, held_out_prompts
 from prolong_jax.mesh import make_mesh, param_shardings, replicated
@@ -52,6 +53,7 @@ from prolong_jax.rollout import (
     conversations,
     group_from_dict,
     sample_rows,
+    sampling_copy,
     statistics,
 )
 from prolong_jax.tokenizer import ChatTokenizer
@@ -111,7 +113,7 @@ def train_step(
     """One step: collect live groups, score them, update the policy once per mini-batch.
 
     Returns:
-      The new state, the step's metrics, and the groups that were trained on.
+      The new state, the step's metrics, and the groups that were sampled, dead ones too.
     """
     run, mesh = for_stage(setup.run, host.progress.stage), setup.collector.mesh
     stage, step = run.stages[host.progress.stage], host.progress.step + 1
@@ -134,7 +136,7 @@ def train_step(
     )
     with timer("score"):
         batches = []
-        for minibatch in split(kept, run.rollout.prompts_per_step // run.update.num_minibatches):
+        for minibatch in split(kept, run.update.num_minibatches):
             items = [c for group in minibatch for c in conversations(group, run.rollout)]
             batch, used = pack(items, **packing(run))
             batches.append((score(state, put_rows(mesh, batch), used), used))
@@ -158,16 +160,14 @@ def train_step(
     }
     if updates:
         row["update/first_ratio_deviation"] = float(updates[0]["update/ratio_deviation"])
-    row |= {
-        "stage": stage.name,
-        "stage_index": host.progress.stage,
-        "update/lr": run.optimizer.learning_rate,
-    }
-    return state, row, kept
+    row |= {"stage": stage.name, "stage_index": host.progress.stage}
+    return state, row, sampled
 
 
-def split(groups: Sequence[Group], size: int) -> list[Sequence[Group]]:
-    return [groups[i : i + size] for i in range(0, len(groups), size)]
+def split(groups: Sequence[Group], parts: int) -> list[list[Group]]:
+    """At most `parts` parts of nearly the same number of groups, none empty."""
+    bounds = np.linspace(0, len(groups), min(parts, len(groups)) + 1).round().astype(int)
+    return [list(groups[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
 def packing(run: RunConfig) -> dict[str, int]:
@@ -190,13 +190,6 @@ def programs(
     """The scoring and update programs; stages with the same settings share their compilation."""
     update = make_update(model, make_optimizer(optimizer), mesh, loss, temperature)
     return make_score(model, temperature), update
-
-
-def sampling_copy(collector: Collector, params: PyTree) -> PyTree:
-    """The weights for the sampler: whole on every device, in the dtype of the products."""
-    return jax.device_put(
-        jax.tree.map(lambda x: x.astype(collector.model.dtype), params), replicated(collector.mesh)
-    )
 
 
 def refuse_broken_verifiers(sampled: Sequence[Group], run: RunConfig) -> None:
@@ -229,7 +222,7 @@ def train(run: RunConfig, workdir: Path) -> int:
     mesh = make_mesh(run.mesh)
     model, params = load_model(run.model.path, jnp.dtype(run.model.dtype))
     tokenizer = ChatTokenizer(run.model.path)
-    refuse_long_context(run, model)
+    refuse_unfit_model(run, model, tokenizer)
     params = jax.device_put(params, param_shardings(mesh, model.shapes()))
     with Pool(run.verifiers.num_workers, run.verifiers.time_limit_s) as pool:
         pool.check(DOMAINS)
@@ -288,7 +281,7 @@ def loop(
         begin = time.monotonic()
         if not host.base:
             print(f"scoring the base model on {len(setup.validation)} held-out prompts")
-            host.base, row = validate(setup, state, host, run.validation.final_samples, timer)
+            host.base, row = validate(setup, state, 0, run.validation.final_samples, timer)
             report_row(row, host, timer, begin, writer, view)
             begin = time.monotonic()
 
@@ -299,26 +292,34 @@ def loop(
             state = reset_reference(state, optimizer, clear_optimizer=decision.clear_optimizer)
             event = {"step": host.progress.step, "reason": decision.reset}
             host.resets.append(event | {"optimizer": decision.clear_optimizer})
+        if decision.advance:
+            host.cursor.surplus.clear()  # the next stage may have other sizes
         host.progress = stages.apply(host.progress, decision)
 
-        state, row, kept = train_step(setup, state, host, timer)
-        step, score = host.progress.step + 1, None
+        stage_run, step, score = for_stage(run, host.progress.stage), host.progress.step + 1, None
+        state, row, sampled = train_step(setup, state, host, timer)
         if stages.is_evaluation_due(run, step):
-            table, validation_row = validate(setup, state, host, run.validation.samples, timer)
+            table, validation_row = validate(setup, state, step, run.validation.samples, timer)
             score, row = table["all"]["avg_at_k"], row | validation_row
         host.progress = stages.record(host.progress, score)
         refuse_lost_run(host, run, checkpointer)
         report_row(row | {"reset": decision.reset or None}, host, timer, begin, writer, view)
-        shown = [s for group in kept for s in sample_rows(group, run.rollout, step)]
-        writer.samples(shown[: run.metrics.samples_per_step])
-        if step % run.checkpoint.every == 0:
-            with timer("save"):
-                checkpointer.save(step, state, host.to_dict())
+        shown = sampled[: run.metrics.samples_per_step]
+        writer.samples(sample_rows(shown, stage_run.rollout, step))
+        if step % run.checkpoint.every == 0 or step >= run.total_steps or stop.requested:
+            save(state, host, checkpointer)
     if host.progress.step > 0 and checkpointer.latest_step != host.progress.step:
-        with timer("save"):
-            checkpointer.save(host.progress.step, state, host.to_dict())
-    add_phases(host, timer.take())
+        save(state, host, checkpointer)  # the signal came after the last look at it
     return state
+
+
+def save(state: TrainState, host: Host, checkpointer: Checkpointer) -> None:
+    begin = time.monotonic()
+    checkpointer.save(host.progress.step, state, host.to_dict())
+    seconds = time.monotonic() - begin
+    host.wall_s += seconds
+    host.rl_wall_s += seconds
+    add_phases(host, {"save": seconds})
 
 
 def add_phases(host: Host, phases: dict[str, float]) -> None:
@@ -343,20 +344,14 @@ def report_row(
 
 
 def validate(
-    setup: Setup, state: TrainState, host: Host, samples: int, timer: Timer
+    setup: Setup, state: TrainState, step: int, samples: int, timer: Timer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Evaluates the policy on the held-out prompts. Returns the table and its metrics."""
-    params = sampling_copy(setup.collector, state.params)
+    run, collector = setup.run, setup.collector
     with timer("evaluate"):
-        table, _ = evaluate(
-            setup.collector,
-            params,
-            setup.validation,
-            samples,
-            setup.run,
-            host.progress.step,
-            Timer(),
-        )
+        params = sampling_copy(collector, state.params)
+        table, groups = evaluate(collector, params, setup.validation, samples, run, step, Timer())
+    refuse_broken_verifiers(groups, run)
     row = {}
     for name, values in table.items():
         low, high = values["ci95"]
@@ -373,7 +368,8 @@ def validate(
 def finish(setup: Setup, state: TrainState, host: Host, workdir: Path, view: Progress) -> None:
     """The final evaluation and summary.json."""
     timer, begin = Timer(), time.monotonic()
-    final, _ = validate(setup, state, host, setup.run.validation.final_samples, timer)
+    samples = setup.run.validation.final_samples
+    final, _ = validate(setup, state, host.progress.step, samples, timer)
     seconds = time.monotonic() - begin
     add_phases(host, timer.take())
     summary = {
@@ -415,7 +411,7 @@ def refuse_lost_run(host: Host, run: RunConfig, checkpointer: Checkpointer) -> N
         raise RuntimeError(
             f"the last {host.skipped_in_a_row} updates, up to step {host.progress.step}, had a "
             f"non-finite gradient and were skipped; the last good checkpoint is of step "
-            f"{checkpointer.latest_step}; lower optimizer.learning_rate and start from it."
+            f"{checkpointer.latest_step}; look at the last rows of metrics.jsonl."
         )
 
 
@@ -434,13 +430,20 @@ def refuse_other_workdir(run: RunConfig, workdir: Path) -> None:
             raise ValueError(f"--workdir: {saved} is damaged ({error}); restore it.") from error
 
 
-def refuse_long_context(run: RunConfig, model: Model) -> None:
-    """Raises ValueError where prompt and response exceed the positions of the model."""
-    longest = run.rollout.max_prompt_len + run.rollout.max_response_len
-    if longest > model.config.max_positions:
+def refuse_unfit_model(run: RunConfig, model: Model, tokenizer: ChatTokenizer) -> None:
+    """Raises ValueError where the model has too few positions or tokens."""
+    for index in range(len(run.stages)):
+        rollout = for_stage(run, index).rollout
+        longest = rollout.max_prompt_len + rollout.max_response_len
+        if longest > model.config.max_positions:
+            raise ValueError(
+                f"config: rollout.max_prompt_len + rollout.max_response_len = {longest} exceeds "
+                f"the {model.config.max_positions} positions of the model; lower them."
+            )
+    if tokenizer.largest_id >= model.config.vocab_size:
         raise ValueError(
-            f"config: rollout.max_prompt_len + rollout.max_response_len = {longest} exceeds the "
-            f"{model.config.max_positions} positions of the model; lower them."
+            f"model.path: the tokenizer has the token id {tokenizer.largest_id}, the model only "
+            f"{model.config.vocab_size} tokens; use the tokenizer that belongs to the model."
         )
 
 
@@ -476,7 +479,7 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("stopping after this step, then saving; once more to stop at once", file=sys.stderr)
+        os.write(2, b"stopping after this step, then saving; once more to stop at once\n")
 
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
@@ -490,6 +493,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped at once; the last checkpoint is kept", file=sys.stderr)
+        return 130
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

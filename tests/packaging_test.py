@@ -16,7 +16,6 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "experiments" / "configs").glob("*.py"))
 BASE_MODEL_FILES = {
     "README.md",
-    "chat_template.jinja",
     "config.json",
     "generation_config.json",
     "model.safetensors",

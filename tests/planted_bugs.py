@@ -39,8 +39,8 @@ BUGS = (
     Bug(
         "mask ignored",
         "prolong_jax/masked.py",
-        "return jnp.where(mask_BT, x_BT.astype(jnp.float32), 0.0).sum(axis=-1)",
-        "return x_BT.astype(jnp.float32).sum(axis=-1)",
+        "return jnp.where(mask_BT, x_BT.astype(jnp.float32), 0.0)",
+        "return x_BT.astype(jnp.float32)",
         "tests/masked_test.py tests/losses_test.py tests/update_test.py",
     ),
     Bug(

@@ -98,8 +98,8 @@ def test_metrics_of_the_first_step_and_after_a_reset(whole):
 
 
 def test_a_prolonged_run_equals_an_uninterrupted_one(whole, tmp_path):
-    assert train.main(arguments(tmp_path, total_steps=3)) == 0
-    assert summary(tmp_path)["steps"] == 3
+    assert train.main(arguments(tmp_path, total_steps=4)) == 0  # after the reset at step 3
+    assert summary(tmp_path)["steps"] == 4
     assert train.main(arguments(tmp_path, total_steps=6)) == 0
     assert summary(tmp_path)["params_sha256"] == summary(whole)["params_sha256"]
     assert summary(tmp_path)["resets"] == summary(whole)["resets"]
@@ -107,19 +107,19 @@ def test_a_prolonged_run_equals_an_uninterrupted_one(whole, tmp_path):
     assert rows_without_times(tmp_path) == rows_without_times(whole)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
-def test_an_interrupted_run_goes_on_bit_for_bit(whole, tmp_path, number, code):
-    command = [sys.executable, "-m", "prolong_jax.train", *arguments(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=dict(os.environ))
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline and process.poll() is None:
-        if len(lines(tmp_path / "metrics.jsonl")) >= 4:  # the base and three steps
-            process.send_signal(number)
-            break
-        time.sleep(0.02)
-    assert process.wait(60) == code
-    reached = len(lines(tmp_path / "metrics.jsonl"))
-    assert 4 <= reached < 7
+def test_a_run_that_is_killed_and_stopped_goes_on_bit_for_bit(whole, tmp_path):
+    """kill -9 after the second step, SIGTERM after the fourth, then the rest."""
+    for number, code, rows in ((signal.SIGKILL, -9, 3), (signal.SIGTERM, 75, 5)):
+        command = [sys.executable, "-m", "prolong_jax.train", *arguments(tmp_path)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=dict(os.environ))
+        deadline = time.monotonic() + 150
+        while time.monotonic() < deadline and process.poll() is None:
+            if len(lines(tmp_path / "metrics.jsonl")) >= rows:
+                process.send_signal(number)
+                break
+            time.sleep(0.02)
+        assert process.wait(60) == code
+        assert rows <= len(lines(tmp_path / "metrics.jsonl")) < 7
     assert train.main(arguments(tmp_path)) == 0
     assert summary(tmp_path)["params_sha256"] == summary(whole)["params_sha256"]
     assert rows_without_times(tmp_path) == rows_without_times(whole)
@@ -140,11 +140,8 @@ def test_a_finished_run_is_left_alone(whole, capsys):
 def test_another_seed_and_another_loss_give_another_run(whole, tmp_path):
     for name, change in (("seed", {"seed": 1}), ("kl", {"loss__kl_coef": 0.5})):
         workdir = tmp_path / name
-        assert train.main(arguments(workdir, total_steps=2, **change)) == 0
-        ours, theirs = (
-            read_rows(workdir / "metrics.jsonl")[2],
-            read_rows(whole / "metrics.jsonl")[2],
-        )
+        assert train.main(arguments(workdir, total_steps=1, **change)) == 0
+        ours, theirs = (read_rows(w / "metrics.jsonl")[1] for w in (workdir, whole))
         assert ours["update/loss"] != theirs["update/loss"]
 
 
@@ -166,16 +163,12 @@ def test_twenty_steps_on_one_domain_raise_its_reward(tmp_path):
         "rollout__group_size": 8,
         "rollout__max_response_len": 64,
         "validation__every": 100,
-        "validation__prompts_per_level": 8,
-        "validation__final_samples": 4,
         "stages": [{"mixture": {"math": 1.0}, "levels": {"easy": 1.0, "middle": 1.0}}],
     }
     assert train.main(arguments(tmp_path, **learn)) == 0
     rewards = [r["reward/math"] for r in read_rows(tmp_path / "metrics.jsonl")[1:]]
     early, late = np.mean(rewards[:4]), np.mean(rewards[-4:])
     assert late > early + 0.1, rewards
-    validation = summary(tmp_path)["validation"]
-    assert validation["final"]["math"]["avg_at_k"] > validation["base"]["math"]["avg_at_k"]
 
 
 # --- bad input -----------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+import functools
 from dataclasses import replace
 
 import jax
@@ -32,7 +33,7 @@ def gradient(rows=8, row_len=24, mesh=None, conversations=CONVERSATIONS, micro_b
     before = jax.device_get(params)
     state = TrainState(params, ref_params, SGD.init(params))
     batch, used = packed(conversations, rows, row_len, micro_batches)
-    batch = make_score(MODEL, 0.9)(state, put_rows(mesh, batch), used)
+    batch = scorer(0.9)(state, put_rows(mesh, batch), used)
     # Pretend that the old policy was another one, so that ratios and clipping matter.
     batch = replace(batch, old_logp=batch.old_logp - 0.3 * batch.advantage)
     state, metrics = make_update(MODEL, SGD, mesh, LOSS, 0.9)(state, batch, used)
@@ -113,9 +114,21 @@ def test_gradient_is_that_of_the_written_formula(reference):
     np.testing.assert_allclose(reference[1]["update/loss"], value, rtol=1e-5)
 
 
+scorer = functools.cache(functools.partial(make_score, MODEL))  # compiled once per temperature
+
+
+@functools.cache
+def updater(optimizer, temperature):
+    return make_update(MODEL, optimizer, make_mesh(MeshSettings()), LOSS, temperature)
+
+
+@functools.cache
+def adam(learning_rate):
+    return make_optimizer(OptimizerSettings(learning_rate=learning_rate))
+
+
 def real_setup(learning_rate=1e-2):
-    mesh = make_mesh(MeshSettings())
-    optimizer = make_optimizer(OptimizerSettings(learning_rate=learning_rate))
+    mesh, optimizer = make_mesh(MeshSettings()), adam(learning_rate)
     params = jax.device_put(random_params(1), param_shardings(mesh, MODEL.shapes()))
     state = TrainState(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
     batch, used = packed(CONVERSATIONS)
@@ -123,9 +136,9 @@ def real_setup(learning_rate=1e-2):
 
 
 def test_ratio_is_one_at_the_first_inner_step():
-    mesh, optimizer, state, batch, used = real_setup()
-    batch = make_score(MODEL, 0.7)(state, batch, used)
-    update = make_update(MODEL, optimizer, mesh, LOSS, 0.7)
+    _, optimizer, state, batch, used = real_setup()
+    batch = scorer(0.7)(state, batch, used)
+    update = updater(optimizer, 0.7)
     state, first = update(state, batch, used)
     _, second = update(state, batch, used)
     assert first["update/ratio_deviation"] <= 1e-6
@@ -134,43 +147,43 @@ def test_ratio_is_one_at_the_first_inner_step():
 
 
 def test_old_logprobs_at_another_temperature_are_noticed():
-    mesh, optimizer, state, batch, used = real_setup()
-    batch = make_score(MODEL, 1.0)(state, batch, used)
-    _, metrics = make_update(MODEL, optimizer, mesh, LOSS, 0.7)(state, batch, used)
+    _, optimizer, state, batch, used = real_setup()
+    batch = scorer(1.0)(state, batch, used)
+    _, metrics = updater(optimizer, 0.7)(state, batch, used)
     assert metrics["update/ratio_deviation"] > 0.05
 
 
 def test_a_non_finite_gradient_is_skipped_and_counted():
-    mesh, optimizer, state, batch, used = real_setup()
-    batch = make_score(MODEL, 1.0)(state, batch, used)
+    _, optimizer, state, batch, used = real_setup()
+    batch = scorer(1.0)(state, batch, used)
     batch = replace(batch, advantage=batch.advantage.at[0, 0].set(jnp.nan))
     before = jax.device_get(state)
-    state, metrics = make_update(MODEL, optimizer, mesh, LOSS, 1.0)(state, batch, used)
+    state, metrics = updater(optimizer, 1.0)(state, batch, used)
     assert metrics["update/skipped_nonfinite"] == 1
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))
 
 
 def test_unused_micro_batches_have_no_influence():
-    mesh, optimizer, state, batch, used = real_setup()
-    batch = make_score(MODEL, 1.0)(state, batch, used)
+    _, optimizer, state, batch, used = real_setup()
+    batch = scorer(1.0)(state, batch, used)
     assert used < batch.tokens.shape[0]
     rubbish = replace(
         batch,
         advantage=batch.advantage.at[used:].set(jnp.nan),
         mask=batch.mask.at[used:].set(True),
     )
-    update = make_update(MODEL, optimizer, mesh, LOSS, 1.0)
+    update = updater(optimizer, 1.0)
     left, _ = update(jax.tree.map(jnp.copy, state), batch, used)
     right, _ = update(jax.tree.map(jnp.copy, state), rubbish, used)
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
 def test_float32_master_weights_move_by_small_steps():
-    mesh, optimizer, state, batch, used = real_setup(learning_rate=1e-6)
-    batch = make_score(MODEL, 1.0)(state, batch, used)
+    _, optimizer, state, batch, used = real_setup(learning_rate=1e-6)
+    batch = scorer(1.0)(state, batch, used)
     scale = np.asarray(state.params["norm"]["scale"])
     assert (scale == 1).all()
-    state, _ = make_update(MODEL, optimizer, mesh, LOSS, 1.0)(state, batch, used)
+    state, _ = updater(optimizer, 1.0)(state, batch, used)
     assert (np.asarray(state.params["norm"]["scale"]) != 1).all()
 
 
@@ -186,7 +199,7 @@ def test_the_stop_token_is_trained():
     is_stop = batch.mask & (batch.tokens == 3)
     assert is_stop.sum() >= len(stopping)
     batch = put_rows(mesh, batch)
-    score, update = make_score(MODEL, 1.0), make_update(MODEL, optimizer, mesh, LOSS, 1.0)
+    score, update = scorer(1.0), updater(optimizer, 1.0)
     before = score(state, batch, used)
     state, _ = update(state, before, used)
     after = score(state, batch, used)
@@ -220,8 +233,8 @@ def test_pack_keeps_every_token_once():
 
 @pytest.mark.parametrize("clear_optimizer", [True, False])
 def test_reset(clear_optimizer):
-    mesh, optimizer, state, batch, used = real_setup()
-    score, update = make_score(MODEL, 1.0), make_update(MODEL, optimizer, mesh, LOSS, 1.0)
+    _, optimizer, state, batch, used = real_setup()
+    score, update = scorer(1.0), updater(optimizer, 1.0)
     for _ in range(2):
         state, _ = update(state, score(state, batch, used), used)
     moments = jax.device_get(state.opt_state)

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
                 "temperature": 1.0,
                 "max_prompt_len": 64,
                 "max_response_len": 128,
+                "sample_rows": 192,
                 "max_sampling_rounds": 2,
             },
             "loss": {"kl_coef": 1e-3},
@@ -44,8 +45,8 @@ def get_config() -> ConfigDict:
                     "reset": {"plateau_window": 2, "plateau_gain": 0.05},
                 },
                 {
-                    "name": "harder",
-                    "levels": {"easy": 0.5, "middle": 1.0, "hard": 1.0},
+                    "name": "weak domains first",
+                    "mixture": {"math": 1, "code": 1, "stem": 2, "logic": 2, "instruct": 0.5},
                     "reset": {"every": 15, "plateau_window": 2, "plateau_gain": 0.05},
                 },
             ],

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from prolong_jax.config import DOMAINS, LEVELS
 from prolong_jax.data.prompts import Prompt
 
-DOMAINS = ("math", "code", "stem", "logic", "instruct")
-LEVELS = ("easy", "middle", "hard")
 HELD_OUT_LEVEL = "beyond"
 SPLITS = ("train", "validation")
 VALIDATION_SHARE = 8  # one question in so many belongs to the validation split
@@ -173,6 +172,8 @@ def _code(rng: random.Random, level: str) -> Problem:
         return _response(notes, f"```python\ndef f(x): {code}\n```")
 
     told = ", ".join(_OPERATIONS[name][0].format(k=k) for name, k in chain)
+    if level == HELD_OUT_LEVEL and len(told) > 140:  # more than 64 tokens as a prompt
+        return _code(rng, level)
     reference = {
         "inputs": [[x] for x in inputs],
         "outputs": [run(x) for x in inputs],
@@ -457,14 +458,23 @@ def make_prompt(domain: str, level: str, split: str, seed: int, index: int) -> P
 def validation_prompts(
     domains: tuple[str, ...], levels: tuple[str, ...], per_cell: int, seed: int
 ) -> list[Prompt]:
-    """`per_cell` prompts with distinct questions for each domain and level."""
+    """`per_cell` prompts with distinct questions for each domain and level.
+
+    Raises:
+      ValueError: a cell does not have that many.
+    """
     prompts = []
     for domain, level in itertools.product(domains, levels):
         distinct: dict[str, Prompt] = {}
-        for index in itertools.count():
-            if len(distinct) == per_cell:
-                break
+        for index in range(100 * per_cell):
             prompt = make_prompt(domain, level, "validation", seed, index)
             distinct.setdefault(prompt.messages[0]["content"], prompt)
+            if len(distinct) == per_cell:
+                break
+        else:
+            raise ValueError(
+                f"validation.prompts_per_level: the {level} level of {domain} has about "
+                f"{len(distinct)} different held-out prompts, fewer than {per_cell}; ask for less."
+            )
         prompts += distinct.values()
     return prompts
