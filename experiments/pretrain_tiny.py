@@ -3,7 +3,7 @@
 A tokenizer (byte-level BPE) and a small Qwen2 decoder are trained on worked responses to the
 procedural tasks, first careful ones, then ones with slips. That leaves a model that knows the
 methods and often gets a step wrong, which is what RL starts from.
-About 15 minutes on 2 cores. Only questions of the train split are used.
+About 20 minutes on 2 cores. Only questions of the train split are used.
 """
 
 import argparse

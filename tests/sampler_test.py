@@ -115,6 +115,20 @@ def test_draw_never_picks_an_impossible_token():
     assert (sampler.draw(logits, uniform) == 7).all()
 
 
+def test_draw_at_the_borders_of_blocks():
+    """Targets within rounding of a cumulative sum, with tokens of probability 0 all around."""
+    rng = np.random.default_rng(0)
+    p = np.zeros((2000, 30), np.float32)
+    for row in p:
+        row[rng.choice(30, 4, replace=False)] = rng.random(4) + 1e-3
+    ends = np.cumsum(p, axis=1, dtype=np.float32)
+    border = ends[np.arange(2000), rng.integers(0, 30, 2000)] / ends[:, -1]
+    for near in (border, np.nextafter(border, 0), np.nextafter(border, 1)):
+        uniform = np.clip(near, 0, np.nextafter(np.float32(1), np.float32(0)))
+        drawn = np.asarray(sampler.draw(jnp.log(jnp.asarray(p)), jnp.asarray(uniform)))
+        assert (p[np.arange(2000), drawn] > 0).all()
+
+
 def test_top_p_logprobs_are_renormalised(params, prompts):
     rule = replace(RULE, top_p=0.5, max_len=1)
     samples = sample(params, prompts[:1], rule, group=64)
