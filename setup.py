@@ -24,6 +24,7 @@ REQUIREMENTS = [
     "flax>=0.12.7",
     "jax>=0.10,<0.12",
     "jaxtyping>=0.3.5",
+    "jinja2>=3.1",  # chat templates
     "langdetect>=1.0.9",
     "math-verify[antlr4-13-2]>=0.9,<0.10",
     "ml-collections>=1.1",
