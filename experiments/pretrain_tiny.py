@@ -21,7 +21,7 @@ import optax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from prolong_jax.data import procedural
-from prolong_jax.models.decoder import Model, ModelConfig, causal_mask
+from prolong_jax.models.decoder import Model, ModelConfig, packed_mask
 from prolong_jax.models.hf import save_pretrained
 from prolong_jax.types import PyTree
 
@@ -144,9 +144,7 @@ def packed_batches(
 
 def nll(model: Model, params, rows) -> jax.Array:
     """Mean negative log-likelihood of the response tokens of one micro-batch."""
-    segments = rows["segments"]
-    same = segments[:, :, None] == segments[:, None, :]
-    mask = causal_mask(segments > 0) & (same | jnp.eye(ROW, dtype=bool))
+    mask = packed_mask(rows["segments"])
     hidden, _ = model.hidden(params, rows["tokens"], rows["positions"], mask)
     logits = model.logits(params, hidden[:, :-1])
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, rows["tokens"][:, 1:])

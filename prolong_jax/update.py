@@ -19,7 +19,7 @@ from prolong_jax.config import LossSettings
 from prolong_jax.losses import grpo_loss
 from prolong_jax.masked import chosen_logp, divide, entropy, token_mean
 from prolong_jax.mesh import ROW_AXES, ROWS
-from prolong_jax.models.decoder import Model, causal_mask
+from prolong_jax.models.decoder import Model, packed_mask
 from prolong_jax.types import Array, Batch, Mean, PyTree, TrainState
 
 
@@ -118,9 +118,7 @@ def put_rows(mesh: Mesh, batch: Batch) -> Batch:
 
 def token_logits(model: Model, params: PyTree, rows: Batch, temperature: float) -> Array:
     """Logits f32 [B, T - 1, V], at the sampler's temperature, of the tokens 1 ... T - 1."""
-    segments = rows.segments
-    same = segments[:, :, None] == segments[:, None, :]
-    mask_BTT = causal_mask(segments > 0) & same
+    mask_BTT = packed_mask(rows.segments)
     hidden_BTD, _ = model.hidden(params, rows.tokens, rows.positions, mask_BTT)
     return model.logits(params, hidden_BTD[:, :-1]) / temperature
 

@@ -186,6 +186,11 @@ def causal_mask(valid_BT: Array) -> Array:
     return (causal & valid_BT[:, None, :]) | jnp.eye(T, dtype=bool)
 
 
+def packed_mask(segments_BT: Array) -> Array:
+    """bool [B, T, T]: as `causal_mask`, within a segment of the row; segment 0 is padding."""
+    return causal_mask(segments_BT > 0) & (segments_BT[:, :, None] == segments_BT[:, None, :])
+
+
 def positions_of(valid_BT: Array) -> Array:
     """i32 [B, T]: index of each real token among the real tokens of its row."""
     return jnp.maximum(jnp.cumsum(valid_BT, axis=1) - 1, 0)
