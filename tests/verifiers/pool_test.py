@@ -39,7 +39,7 @@ def children_of(pid: int) -> list[int]:
 
 def workers() -> list[int]:
     """The workers among this process's children."""
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True)
+    listed = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True)
     rows = [line.split(None, 2) for line in listed.stdout.splitlines()[1:]]
     return [
         int(pid)
@@ -228,7 +228,7 @@ def test_strays_of_a_program_are_ended(shared_pool):
     assert verdict.score == 1.0
 
     def gone():
-        listed = subprocess.run(["ps", "-eo", "stat,args"], capture_output=True, text=True).stdout
+        listed = subprocess.run(["ps", "-ww", "-eo", "stat,args"], capture_output=True, text=True).stdout
         return f"sleep {marker}" not in listed
 
     assert wait_until(gone)
