@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -33,22 +34,6 @@ def _hf_name(path: tuple) -> str:
     return {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}[
         path[0]
     ] + f".{kind}"
-
-
-def _leaves(tree: PyTree, path: tuple = ()) -> list[tuple[tuple, Any]]:
-    if not isinstance(tree, dict):
-        return [(path, tree)]
-    return [leaf for key, sub in tree.items() for leaf in _leaves(sub, (*path, key))]
-
-
-def _nest(leaves: dict[tuple, np.ndarray]) -> PyTree:
-    tree: dict = {}
-    for path, value in leaves.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return tree
 
 
 def read_config(directory: str | Path) -> ModelConfig:
@@ -119,7 +104,8 @@ def load_params(directory: str | Path, model: Model) -> PyTree:
                 f"model.path: {file} is broken ({error}); download it again."
             ) from error
     leaves = {}
-    for path, shape in _leaves(model.shapes()):
+    shapes: dict[tuple, Any] = dict(flatten_dict(model.shapes()))
+    for path, shape in shapes.items():
         name = _hf_name(path)
         if name not in tensors:
             raise ValueError(f"model.path: tensor {name!r} is missing in {str(directory)!r}.")
@@ -131,7 +117,7 @@ def load_params(directory: str | Path, model: Model) -> PyTree:
                 f"its config.json asks for {shape.shape}."
             )
         leaves[path] = np.ascontiguousarray(value)
-    return _nest(leaves)
+    return unflatten_dict(leaves)
 
 
 def save_pretrained(directory: str | Path, model: Model, params: PyTree) -> None:
@@ -139,7 +125,7 @@ def save_pretrained(directory: str | Path, model: Model, params: PyTree) -> None
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    for path, value in _leaves(params):
+    for path, value in flatten_dict(params).items():
         value = np.asarray(value, np.float32)
         tensors[_hf_name(path)] = np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

@@ -7,6 +7,7 @@ when it first runs, which should be inside a worker of `prolong_jax.verifiers.po
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -41,42 +42,12 @@ def error(detail: str) -> Verdict:
     return Verdict(0.0, Status.ERROR, detail)
 
 
-def _math(response: str, reference: Mapping[str, Any]) -> Verdict:
-    from prolong_jax.verifiers import math
-
-    return math.verify(response, reference)
-
-
-def _code(response: str, reference: Mapping[str, Any]) -> Verdict:
-    from prolong_jax.verifiers import code
-
-    return code.verify(response, reference)
-
-
-def _stem(response: str, reference: Mapping[str, Any]) -> Verdict:
-    from prolong_jax.verifiers import stem
-
-    return stem.verify(response, reference)
-
-
-def _logic(response: str, reference: Mapping[str, Any]) -> Verdict:
-    from prolong_jax.verifiers import logic
-
-    return logic.verify(response, reference)
-
-
-def _instruct(response: str, reference: Mapping[str, Any]) -> Verdict:
-    from prolong_jax.verifiers import instruct
-
-    return instruct.verify(response, reference)
+def _verify(domain: str, response: str, reference: Mapping[str, Any]) -> Verdict:
+    return import_module(f"{__name__}.{domain}").verify(response, reference)
 
 
 VERIFIERS: dict[str, Callable[[str, Mapping[str, Any]], Verdict]] = {
-    "math": _math,
-    "code": _code,
-    "stem": _stem,
-    "logic": _logic,
-    "instruct": _instruct,
+    domain: partial(_verify, domain) for domain in ("math", "code", "stem", "logic", "instruct")
 }
 
 
