@@ -144,7 +144,7 @@ def packed_batches(
 
 def nll(model: Model, params, rows) -> jax.Array:
     """Mean negative log-likelihood of the response tokens of one micro-batch."""
-    mask = packed_mask(rows["segments"])
+    mask = packed_mask(rows["segments"], rows["segments"])
     hidden, _ = model.hidden(params, rows["tokens"], rows["positions"], mask)
     logits = model.logits(params, hidden[:, :-1])
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, rows["tokens"][:, 1:])

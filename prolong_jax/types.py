@@ -28,13 +28,15 @@ class Mean:
 class Batch:
     """Prompts and responses packed into rows of T tokens, with all that the update needs.
 
-    A row holds several sequences (prompt, then response) one after the other and ends in padding.
-    The values at slot t are about token t, as predicted from the tokens before it.
+    A row holds segments one after the other and ends in padding. A segment is a prompt without its
+    last token, or that last token and one response; all responses to a prompt see its segment.
+    The values at slot t are about token t, as predicted from the tokens that it sees.
     """
 
     tokens: Array  # i32 [B, T] token ids
-    positions: Array  # i32 [B, T] position in the sequence, from 0
-    segments: Array  # i32 [B, T] number of the sequence in its row, from 1; 0 is padding
+    positions: Array  # i32 [B, T] position in prompt and response, from 0
+    segments: Array  # i32 [B, T] number of the segment in its row, from 1; 0 is padding
+    prompts: Array  # i32 [B, T] number of the segment with the prompt
     mask: Array  # bool [B, T] true at response tokens, the stop token included
     sampler_logp: Array  # f32 [B, T] nats, under the distribution that was sampled
     old_logp: Array  # f32 [B, T] nats, under the policy before this step's updates

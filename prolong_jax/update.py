@@ -40,7 +40,11 @@ def pack(
     micro_batch_rows: int,
     micro_batches: int,
 ) -> tuple[Batch, int]:
-    """Packs conversations into rows, longest first, each into the first row with room for it.
+    """Packs conversations into rows, longest first; in a row, a prompt stands once.
+
+    A response follows its own copy of the last prompt token, so that each of its tokens is
+    predicted at the slot before it. A row that holds the prompt already is preferred, then the
+    first with room.
 
     Args:
       conversations: in any order.
@@ -55,30 +59,38 @@ def pack(
     Raises:
       ValueError: a conversation is longer than a row, or the rows do not suffice.
     """
-    rows: list[list[Conversation]] = []
-    room: list[int] = []
+    rows: list[_Row] = []
     for item in sorted(conversations, key=lambda c: -(len(c.prompt) + len(c.response))):
         length = len(item.prompt) + len(item.response)
         if length > row_len:
             raise ValueError(
                 f"update.row_len: {row_len} tokens cannot hold a sequence of {length}."
             )
-        row = next((i for i, left in enumerate(room) if left >= length), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(row_len)
-        rows[row].append(item)
-        room[row] -= length
+        fitting = [row for row in rows if row.added_len(item) <= row_len - row.length]
+        if not fitting:
+            rows.append(_Row({}, 0))
+            fitting = rows[-1:]
+        row = next((row for row in fitting if item.prompt.tobytes() in row.groups), fitting[0])
+        row.length += row.added_len(item)
+        row.groups.setdefault(item.prompt.tobytes(), []).append(item)
     used = -(-len(rows) // micro_batch_rows)
     if used > micro_batches:
         raise ValueError(f"update: {len(rows)} rows do not fit in {micro_batches} micro-batches.")
     batch = _empty_batch((micro_batches * micro_batch_rows, row_len))
-    for row, items in enumerate(rows):
-        start = 0
-        for segment, item in enumerate(items, 1):
-            start = _write(batch, row, start, segment, item)
+    for index, row in enumerate(rows):
+        _write(jax.tree.map(lambda x, index=index: x[index], batch), row)
     shape = (micro_batches, micro_batch_rows, row_len)
     return jax.tree.map(lambda x: x.reshape(shape), batch), used
+
+
+@dataclass
+class _Row:
+    groups: dict[bytes, list[Conversation]]  # by prompt
+    length: int  # tokens
+
+    def added_len(self, item: Conversation) -> int:
+        shared = 0 if item.prompt.tobytes() in self.groups else len(item.prompt) - 1
+        return shared + 1 + len(item.response)
 
 
 def _empty_batch(shape: tuple[int, int]) -> Batch:
@@ -90,6 +102,7 @@ def _empty_batch(shape: tuple[int, int]) -> Batch:
         tokens=ints(),
         positions=ints(),
         segments=ints(),
+        prompts=ints(),
         mask=zeros(bool),
         sampler_logp=floats(),
         old_logp=floats(),
@@ -98,17 +111,28 @@ def _empty_batch(shape: tuple[int, int]) -> Batch:
     )
 
 
-def _write(batch: Batch, row: int, start: int, segment: int, item: Conversation) -> int:
-    """Writes a conversation into a host batch [B, T] and returns where it ends."""
-    middle = start + len(item.prompt)
-    end = middle + len(item.response)
-    batch.tokens[row, start:end] = np.concatenate([item.prompt, item.response])
-    batch.positions[row, start:end] = np.arange(end - start)
-    batch.segments[row, start:end] = segment
-    batch.mask[row, middle:end] = True
-    batch.sampler_logp[row, middle:end] = item.sampler_logp
-    batch.advantage[row, middle:end] = item.advantage
-    return end
+def _write(batch: Batch, row: _Row) -> None:
+    """Writes a row into its view [T] of a host batch."""
+    start, segment = 0, 0
+
+    def put(tokens: np.ndarray, first_position: int, prompt: int) -> slice:
+        at = slice(start, start + len(tokens))
+        batch.tokens[at] = tokens
+        batch.positions[at] = first_position + np.arange(len(tokens))
+        batch.segments[at], batch.prompts[at] = segment, prompt
+        return at
+
+    for items in row.groups.values():
+        segment, prompt, shared_len = segment + 1, segment + 1, len(items[0].prompt) - 1
+        start = put(items[0].prompt[:-1], 0, prompt).stop
+        for item in items:
+            segment += 1
+            at = put(np.append(item.prompt[-1:], item.response), shared_len, prompt)
+            response = slice(at.start + 1, at.stop)
+            batch.mask[response] = True
+            batch.sampler_logp[response] = item.sampler_logp
+            batch.advantage[response] = item.advantage
+            start = at.stop
 
 
 def put_rows(mesh: Mesh, batch: Batch) -> Batch:
@@ -118,7 +142,7 @@ def put_rows(mesh: Mesh, batch: Batch) -> Batch:
 
 def token_logits(model: Model, params: PyTree, rows: Batch, temperature: float) -> Array:
     """Logits f32 [B, T - 1, V], at the sampler's temperature, of the tokens 1 ... T - 1."""
-    mask_BTT = packed_mask(rows.segments)
+    mask_BTT = packed_mask(rows.segments, rows.prompts)
     hidden_BTD, _ = model.hidden(params, rows.tokens, rows.positions, mask_BTT)
     return model.logits(params, hidden_BTD[:, :-1]) / temperature
 

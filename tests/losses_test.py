@@ -32,6 +32,7 @@ def random_case(seed, num_rows=4, length=5):
         tokens=jnp.zeros(shape, dtype=jnp.int32),
         positions=jnp.zeros(shape, dtype=jnp.int32),
         segments=jnp.ones(shape, dtype=jnp.int32),
+        prompts=jnp.ones(shape, dtype=jnp.int32),
         mask=jnp.asarray(mask_BT),
         sampler_logp=noisy(0.5),
         old_logp=noisy(0.5),

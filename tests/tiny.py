@@ -34,12 +34,13 @@ def random_conversations(count: int, seed: int = 0) -> list[Conversation]:
     def tokens(low: int, high: int) -> np.ndarray:
         return rng.integers(0, SHAPE.vocab_size, rng.integers(low, high)).astype(np.int32)
 
+    prompts = [tokens(1, 7) for _ in range(-(-count // 3))]  # three responses to each
     return [
         Conversation(
-            prompt=tokens(2, 7),
+            prompt=prompts[i // 3],
             response=response,
             sampler_logp=-rng.random(len(response), np.float32) - 3,
             advantage=float(rng.normal()),
         )
-        for response in (tokens(1, 14) for _ in range(count))
+        for i, response in enumerate(tokens(1, 14) for _ in range(count))
     ]

@@ -12,7 +12,14 @@ from prolong_jax.mesh import make_mesh, param_shardings
 from prolong_jax.optimizer import make_optimizer
 from prolong_jax.train import initial_state
 from prolong_jax.types import TrainState
-from prolong_jax.update import make_score, make_update, pack, put_rows, reset_reference
+from prolong_jax.update import (
+    Conversation,
+    make_score,
+    make_update,
+    pack,
+    put_rows,
+    reset_reference,
+)
 from tests.tiny import MODEL, random_conversations, random_params
 
 CONVERSATIONS = random_conversations(16)
@@ -211,17 +218,20 @@ def test_pack_keeps_every_token_once():
     batch = jax.tree.map(np.asarray, batch)
     found = []
     for row in range(used * 8):
-        index = divmod(row, 8)
-        for segment in range(1, batch.segments[index].max() + 1):
-            at = batch.segments[index] == segment
-            found.append(
-                (
-                    tuple(batch.tokens[index][at]),
-                    tuple(batch.tokens[index][at & batch.mask[index]]),
-                    tuple(batch.sampler_logp[index][at & batch.mask[index]]),
-                )
+        tokens, positions, segments, prompts, mask, logp = (
+            getattr(batch, name)[divmod(row, 8)]
+            for name in ("tokens", "positions", "segments", "prompts", "mask", "sampler_logp")
+        )
+        for segment in np.unique(segments[mask]):
+            prompt, own = segments == prompts[segments == segment][0], segments == segment
+            assert (
+                not mask[prompt].any() and (mask[own] == ([False] + [True] * (own.sum() - 1))).all()
             )
-            assert (batch.positions[index][at] == np.arange(at.sum())).all()
+            assert (
+                np.append(positions[prompt], positions[own]) == np.arange((prompt | own).sum())
+            ).all()
+            sequence = np.append(tokens[prompt], tokens[own])
+            found.append((tuple(sequence), tuple(tokens[own & mask]), tuple(logp[own & mask])))
     expected = [
         (tuple(np.concatenate([c.prompt, c.response])), tuple(c.response), tuple(c.sampler_logp))
         for c in CONVERSATIONS
@@ -229,6 +239,16 @@ def test_pack_keeps_every_token_once():
     assert sorted(found) == sorted(expected)
     with pytest.raises(ValueError, match="update.row_len: 10 tokens cannot hold"):
         packed(CONVERSATIONS, row_len=10)
+
+
+def test_a_prompt_stands_once_in_a_row():
+    prompt, sampler_logp = np.arange(10, dtype=np.int32), np.zeros(3, np.float32)
+    group = [Conversation(prompt, np.full(3, i, np.int32), sampler_logp, 0.0) for i in range(4)]
+    batch, used = packed(group, rows=1, row_len=9 + 4 * 4)
+    assert used == 1
+    np.testing.assert_array_equal(
+        batch.tokens[0, 0], [*range(9), 9, 0, 0, 0, 9, 1, 1, 1, 9, 2, 2, 2, 9, 3, 3, 3]
+    )
 
 
 @pytest.mark.parametrize("clear_optimizer", [True, False])

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
             },
             "loss": {"kl_coef": 1e-3},
             "optimizer": {"learning_rate": 2e-4, "warmup_steps": 8},
-            "update": {"micro_batch_rows": 4, "row_len": 192},
+            "update": {"micro_batch_rows": 2, "row_len": 256},
             "validation": {"every": 10, "temperature": 1.0, "top_p": 1.0},
             "stages": [
                 {

@@ -186,9 +186,16 @@ def causal_mask(valid_BT: Array) -> Array:
     return (causal & valid_BT[:, None, :]) | jnp.eye(T, dtype=bool)
 
 
-def packed_mask(segments_BT: Array) -> Array:
-    """bool [B, T, T]: as `causal_mask`, within a segment of the row; segment 0 is padding."""
-    return causal_mask(segments_BT > 0) & (segments_BT[:, :, None] == segments_BT[:, None, :])
+def packed_mask(segments_BT: Array, prompts_BT: Array) -> Array:
+    """bool [B, T, T]: as `causal_mask`, within a segment of the row and from there to its prompt.
+
+    Args:
+      segments_BT: number of the token's segment in its row; 0 is padding.
+      prompts_BT: number of the segment that holds the prompt of the token's segment.
+    """
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    prompt_BTT = prompts_BT[:, :, None] == segments_BT[:, None, :]
+    return causal_mask(segments_BT > 0) & (same_BTT | prompt_BTT)
 
 
 def positions_of(valid_BT: Array) -> Array:

@@ -86,7 +86,10 @@ def test_an_endless_loop_is_a_timeout_and_leaves_nothing():
     verdict = run(body + "    while True: pass", time_limit_s=1.0)
     assert verdict.status == Status.TIMEOUT and verdict.score == 0.0
     end = time.monotonic() + 60.0
-    while marker in subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True).stdout:
+    while (
+        marker
+        in subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True).stdout
+    ):
         assert time.monotonic() < end  # it was killed before, but may take its time to go
         time.sleep(0.02)
 

@@ -228,7 +228,9 @@ def test_strays_of_a_program_are_ended(shared_pool):
     assert verdict.score == 1.0
 
     def gone():
-        listed = subprocess.run(["ps", "-ww", "-eo", "stat,args"], capture_output=True, text=True).stdout
+        listed = subprocess.run(
+            ["ps", "-ww", "-eo", "stat,args"], capture_output=True, text=True
+        ).stdout
         return f"sleep {marker}" not in listed
 
     assert wait_until(gone)
