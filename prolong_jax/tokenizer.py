@@ -1,10 +1,9 @@
 """Text to tokens and back, with the chat template and the stop tokens that the model ships."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from transformers import AutoTokenizer
 
 
 class ChatTokenizer:
@@ -16,6 +15,10 @@ class ChatTokenizer:
         Raises:
           ValueError: no usable tokenizer, no chat template, or no stop token.
         """
+        # Else its import advises to install PyTorch, which nothing here needs.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        from transformers import AutoTokenizer
+
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
