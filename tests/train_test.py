@@ -22,6 +22,7 @@ SMALL = {
     "rollout.group_size": 4,
     "rollout.max_sampling_rounds": 2,
     "update.num_minibatches": 2,
+    "update.micro_batch_rows": 8,
     "validation.every": 2,
     "validation.prompts_per_level": 1,
     "validation.samples": 2,
