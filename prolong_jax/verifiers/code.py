@@ -5,14 +5,31 @@ answer text. The code runs in a child process that gets the inputs, never the ex
 comparison happens here. All tests run; a syntax error, a failing import or a run beyond the total
 time limit scores 0, an exception or a crash in one test fails that test alone.
 
-Two kinds of reference. With `fn_name`: each input is the argument list of one call (of the function
-or of the method of `class Solution`) and each output its value. Without: each input is the text on
-standard input and each output the text expected on standard output.
+Kinds of reference, all of JSON values:
+
+- `inputs`, `outputs`: texts on standard input, and those expected on standard output.
+- `fn_name`, `inputs`, `outputs`: argument lists of the function (or method of `class Solution`)
+  and its values; a tuple counts as a list. `wrapped`: the only element of an output will do too.
+- `expressions`, `outputs`, `setup`, `tolerance` (see `from_asserts`): the values of Python
+  expressions behind the response and the setup, `spelled`, are equal or floats within the
+  tolerance (relative, absolute).
+- `asserts`, `hackable`: tests that could not be taken apart run beside the response, which can
+  read the expected values there or forge the outcome: for evaluation only, never for training.
+
+Options: `time_limit_s` for all tests together (5 s, as in the recipe, arXiv 2505.24864);
+`test_time_limit_s` for each (then each has a process of its own); `special_judge` where several
+outputs are right: such a problem is not scored.
 """
 
+import ast
+import hashlib
+import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from prolong_jax.verifiers import Status, Verdict, error, final_answer_text, sandbox
@@ -24,12 +41,12 @@ EXAMPLE = (
 )
 
 TIME_LIMIT_S = 5.0  # for all tests together, as in the recipe
-REL_TOL, ABS_TOL = 1e-6, 1e-9  # where a float is expected
+TOLERANCE = (1e-6, 1e-9)  # relative and absolute, where a float is expected
 CACHE_SIZE = 4096
 MAX_CHARS = 1_000_000  # of code
 
 _FENCE = "```python"
-_cache: dict[tuple[str, str], Verdict] = {}
+_cache: dict[bytes, Verdict] = {}  # by the hashes of code and tests
 
 
 def extract_code(text: str) -> str | None:
@@ -41,9 +58,10 @@ def extract_code(text: str) -> str | None:
 
 
 def verify(response: str, reference: Mapping[str, Any]) -> Verdict:
-    """Score passed / all tests. `time_limit_s` in the reference replaces the default of 5 s.
+    """Score passed / all tests.
 
-    Status TIMEOUT (score 0) beyond the limit, ERROR if the tests are malformed.
+    Status TIMEOUT (score 0) beyond the total limit; ERROR if the tests are malformed or need a
+    special judge.
     """
     problem = _problem(reference)
     if problem:
@@ -51,9 +69,11 @@ def verify(response: str, reference: Mapping[str, Any]) -> Verdict:
     code = extract_code(final_answer_text(response))
     if not code or not code.strip() or len(code) > MAX_CHARS:
         return Verdict(0.0, detail="no code block" if not code else "code empty or too long")
-    key = (code, json.dumps(dict(reference), sort_keys=True))
+    tests = json.dumps(dict(reference), sort_keys=True)
+    key = hashlib.sha256(code.encode("utf-8", "surrogatepass")).digest()
+    key += hashlib.sha256(tests.encode()).digest()
     if key not in _cache:
-        verdict = _run(code, reference)
+        verdict = _score(code, reference)
         if verdict.status != Status.OK:
             return verdict  # may be the fault of a busy machine: not kept
         if len(_cache) >= CACHE_SIZE:
@@ -64,7 +84,12 @@ def verify(response: str, reference: Mapping[str, Any]) -> Verdict:
 
 def _problem(reference: Mapping[str, Any]) -> str:
     """What is wrong with the tests, "" if nothing is."""
-    inputs, outputs = reference.get("inputs"), reference.get("outputs")
+    if reference.get("special_judge"):
+        return "the problem needs a special judge"
+    if isinstance(reference.get("asserts"), str):
+        return ""
+    inputs = reference.get("expressions", reference.get("inputs"))
+    outputs = reference.get("outputs")
     if not isinstance(inputs, list) or not isinstance(outputs, list):
         return "expected lists of inputs and outputs in the reference"
     if not inputs or len(inputs) != len(outputs):
@@ -72,27 +97,59 @@ def _problem(reference: Mapping[str, Any]) -> str:
     if reference.get("fn_name") is not None:
         fine = all(isinstance(arguments, list) for arguments in inputs)
         return "" if fine else "expected each input to be a list of arguments"
-    fine = all(isinstance(text, str) for text in inputs + outputs)
+    texts = inputs if "expressions" in reference else inputs + outputs
+    fine = all(isinstance(text, str) for text in texts)
     return "" if fine else "expected texts as inputs and outputs where there is no fn_name"
 
 
-def _run(code: str, reference: Mapping[str, Any]) -> Verdict:
-    inputs, outputs = reference["inputs"], reference["outputs"]
-    fn_name = reference.get("fn_name")
-    limit_s = reference.get("time_limit_s")
+def _score(code: str, reference: Mapping[str, Any]) -> Verdict:
+    outputs = reference.get("outputs", ["None"])  # of asserts
     try:
-        run = sandbox.run_program(
-            code, inputs, fn_name, TIME_LIMIT_S if limit_s is None else limit_s
-        )
+        run = _run(code, reference)
     except OSError as problem:  # no process, no disk
         return error(f"code: {problem}")
     if run.timed_out:
         return Verdict(0.0, Status.TIMEOUT, "total time limit")
     if run.problem:
         return Verdict(0.0, detail=run.problem)
-    same = same_value if fn_name is not None else same_text
-    passed = [i in run.values and same(run.values[i], outputs[i]) for i in range(len(inputs))]
+    same = _comparison(reference)
+    passed = [i in run.values and same(run.values[i], want) for i, want in enumerate(outputs)]
     return Verdict(sum(passed) / len(passed), detail=f"{sum(passed)} of {len(passed)} tests")
+
+
+def _run(code: str, reference: Mapping[str, Any]) -> sandbox.ProgramRun:
+    """Runs all tests in one process, or each in one of its own under a limit of its own."""
+    fn_name, inputs = reference.get("fn_name"), reference.get("inputs", [])
+    if "asserts" in reference or "expressions" in reference:
+        code = f"{code}\n{reference.get('setup', '')}\n{_EVALUATE}"
+        texts = reference.get("expressions", [reference.get("asserts")])
+        mode = "exec" if "asserts" in reference else "eval"
+        fn_name, inputs = "prolong_evaluate", [[text, mode] for text in texts]
+    limit_s = reference.get("time_limit_s")
+    limit_s = TIME_LIMIT_S if limit_s is None else limit_s
+    test_limit_s = reference.get("test_time_limit_s")
+    if test_limit_s is None:
+        return sandbox.run_program(code, inputs, fn_name, limit_s)
+    whole, end = sandbox.ProgramRun(), time.monotonic() + limit_s
+    for index, one in enumerate(inputs):
+        left_s = max(0.0, end - time.monotonic())
+        run = sandbox.run_program(code, [one], fn_name, min(test_limit_s, left_s))
+        if run.problem or (run.timed_out and left_s < test_limit_s):
+            return run
+        if not run.timed_out and 0 in run.values:
+            whole.values[index] = run.values[0]
+    return whole
+
+
+def _comparison(reference: Mapping[str, Any]) -> Callable[[Any, Any], bool]:
+    """How the value of a test is compared with the expected one."""
+    if "asserts" in reference or "expressions" in reference:
+        return partial(same_text, symmetric=True, tolerance=reference.get("tolerance", TOLERANCE))
+    if reference.get("fn_name") is None:
+        return same_text
+    if reference.get("wrapped"):
+        return lambda got, want: same_value(got, want) or same_value([got], want)
+    return same_value
 
 
 def same_value(got: Any, want: Any) -> bool:
@@ -110,36 +167,213 @@ def same_value(got: Any, want: Any) -> bool:
     return got == want
 
 
-def same_text(got: Any, want: str) -> bool:
-    """Equality of printed texts, trailing white space aside; expected decimals as floats."""
+def same_text(
+    got: Any, want: str, symmetric: bool = False, tolerance: Sequence[float] = TOLERANCE
+) -> bool:
+    """Equality of printed tokens by line; decimals expected (or, symmetric, given) as floats."""
     if not isinstance(got, str):
         return False
-    lines, wanted = _lines(got), _lines(want)
-    if lines == wanted:
-        return True
-    tokens, expected = [line.split() for line in lines], [line.split() for line in wanted]
-    return len(tokens) == len(expected) and all(map(_same_tokens, tokens, expected))
+    lines, wanted = ([x.split() for x in text.rstrip().split("\n")] for text in (got, want))
+    if [*map(len, lines)] != [*map(len, wanted)]:
+        return False
+    return all(
+        a == b or (("." in b or (symmetric and "." in a)) and _close(a, b, tolerance))
+        for a, b in zip(chain(*lines), chain(*wanted), strict=True)
+    )
 
 
-def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().split("\n")]
-
-
-def _same_tokens(got: Sequence[str], want: Sequence[str]) -> bool:
-    return len(got) == len(want) and all(map(_same_token, got, want))
-
-
-def _same_token(got: str, want: str) -> bool:
-    if got == want or "." not in want:
-        return got == want
+def _close(got: str | float, want: str | float, tolerance: Sequence[float] = TOLERANCE) -> bool:
     try:
-        return _close(float(got), float(want))
-    except ValueError:
+        return math.isclose(float(got), float(want), rel_tol=tolerance[0], abs_tol=tolerance[1])
+    except (OverflowError, ValueError):  # an integer beyond the floats; no number
         return False
 
 
-def _close(got: float, want: float) -> bool:
+def spelled(value: object) -> str:
+    """The tokens of a value, the same for values that are equal in Python but for int and float.
+
+    Runs here and in the child. Sets and dicts in sorted order, bool as int, every finite float with
+    a dot, no white space in strings.
+
+    Raises:
+      TypeError: a value of another type.
+    """
+    if isinstance(value, dict):
+        return f"dict( {' '.join(sorted(f'{spelled(k)} {spelled(v)}' for k, v in value.items()))} )"
+    if isinstance(value, (set, frozenset)):
+        return f"set( {' '.join(sorted(map(spelled, value)))} )"
+    for kind in (list, tuple):
+        if isinstance(value, kind):
+            return f"{kind.__name__}( {' '.join(map(spelled, value))} )"
+    if isinstance(value, (str, bytes)):
+        return ascii(value).replace(" ", "\\x20")
+    if isinstance(value, float):
+        return f"{value:.17e}"
+    if isinstance(value, complex):
+        return f"complex( {value.real:.17e} {value.imag:.17e} )"
+    if value is None or isinstance(value, int):
+        return "None" if value is None else int.__repr__(value)
+    raise TypeError(f"a {type(value).__name__} is no constant")
+
+
+# Stands behind the response, in a namespace of its own: responses name their variables `list`.
+_SOURCE = inspect.getsource(spelled) + (
+    "def evaluate(text, mode): return spelled(eval(compile(text, '<test>', mode), space))\n"
+)
+_EVALUATE = f"""
+import builtins as prolong_evaluate
+prolong_space = {{"space": prolong_evaluate.globals()}}
+prolong_evaluate.exec({_SOURCE!r}, prolong_space)
+prolong_evaluate = prolong_space["evaluate"]
+"""
+
+
+def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The reference of raw tests as Eurus-2-RL, APPS, TACO and LiveCodeBench have them.
+
+    Args:
+      raw: `inputs`, `outputs`, perhaps `fn_name`. Without it: texts or lists of lines. With it: an
+        input is one JSON value per line or a list of arguments, an output a JSON text or a value;
+        values that are all lists of one element (as APPS wraps them) make it `wrapped`.
+
+    Raises:
+      ValueError: what is wrong with the tests.
+    """
+    fn_name, inputs, outputs = (raw.get(key) for key in ("fn_name", "inputs", "outputs"))
+    if not isinstance(inputs, list) or not isinstance(outputs, list):
+        raise ValueError("tests: expected lists of inputs and outputs; skip the row.")
     try:
-        return math.isclose(got, want, rel_tol=REL_TOL, abs_tol=ABS_TOL)
-    except OverflowError:  # an integer beyond the floats
-        return False
+        if fn_name:
+            reference = {"fn_name": str(fn_name), "inputs": [*map(_arguments, inputs)]}
+            reference["outputs"] = [json.loads(x) if isinstance(x, str) else x for x in outputs]
+            reference["wrapped"] = all(isinstance(x, list) and len(x) == 1 for x in outputs)
+        else:
+            reference = {"inputs": [*map(_text, inputs)], "outputs": [*map(_text, outputs)]}
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise ValueError(f"tests: expected texts or JSON values, got {problem}; skip it.") from None
+    if problem := _problem(reference):
+        raise ValueError(f"tests: {problem}; skip the row.")
+    return reference
+
+
+def _text(item: Any) -> str:
+    return "\n".join(item) if isinstance(item, list) else "".join([item])  # of texts only
+
+
+def _arguments(item: Any) -> Any:
+    lines = item.split("\n") if isinstance(item, str) else None
+    return item if lines is None else [json.loads(line) for line in lines if line.strip()]
+
+
+def from_asserts(test_code: str, entry_point: str | None) -> dict[str, Any]:
+    """The reference of tests written as asserts (HumanEval, MBPP, EvalPlus).
+
+    Taken apart into `expressions` where every assert is E == y, E is y, abs(E - y) < eps,
+    isclose(E, y), f(x) or not f(x) with literals x and y, or where it is EvalPlus' table (`inputs`,
+    `results` and a loop over `assertion`); otherwise the whole is `asserts` and `hackable`. What
+    compares a thing with itself is left out.
+
+    Args:
+      test_code: asserts, or a function `check(candidate)` that has them; imports, definitions and
+        assignments before the first assert are the setup.
+      entry_point: the function that `check` gets; None where there is no `check`.
+
+    Raises:
+      ValueError: the source does not parse, has no assert, or `check` has no entry point.
+    """
+    try:
+        tree = ast.parse(test_code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:
+        raise ValueError(f"asserts: expected Python source, got {problem}; skip it.") from None
+    if not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
+        raise ValueError("asserts: expected an assert in the tests, got none; skip the row.")
+    statements = list(tree.body)
+    for check in [s for s in statements if isinstance(s, ast.FunctionDef) and s.name == "check"]:
+        if entry_point is None:
+            raise ValueError("asserts: expected the entry point of check(), got None; name it.")
+        for node in ast.walk(check):
+            if isinstance(node, ast.Name) and node.id == check.args.args[0].arg:
+                node.id = entry_point
+        statements.remove(check)
+        statements += check.body
+        test_code += f"\ncheck({entry_point})\n"
+    try:
+        return _taken_apart(statements)
+    except (RecursionError, TypeError, ValueError):
+        return {"asserts": test_code, "hackable": True}
+
+
+def _taken_apart(statements: list[ast.stmt]) -> dict[str, Any]:
+    """The reference of expressions; TypeError or ValueError where it is not that simple."""
+    tests, setup = _table(statements), []
+    for statement in [] if tests else statements:
+        match statement:
+            case ast.Expr(ast.Constant() | ast.Name() | ast.Call(ast.Name("check"))):
+                continue
+            case ast.Assert(ast.Constant(True)):
+                continue
+            case ast.Assert(ast.Compare(a, [ast.Eq()], [b])) if ast.dump(a) == ast.dump(b):
+                continue
+            case ast.Assert(test):
+                tests.append(_test(test))
+            case (
+                ast.Import() | ast.ImportFrom() | ast.Assign() | ast.FunctionDef() | ast.ClassDef()
+            ):
+                setup.append(ast.unparse(statement))
+                if tests or any(isinstance(node, ast.Assert) for node in ast.walk(statement)):
+                    raise ValueError("changes between the asserts, or asserts further inside")
+            case _:
+                raise ValueError("more than asserts")
+    expressions, outputs, tolerances = map(list, zip(*tests, strict=True))
+    return {
+        "expressions": expressions,
+        "outputs": outputs,
+        "setup": "\n".join(setup),
+        "tolerance": [max(each) for each in zip(*tolerances, strict=True)],
+    }
+
+
+def _table(statements: list[ast.stmt]) -> list[tuple[str, str, Sequence[float]]]:
+    """The tests of EvalPlus: inputs, results and a loop; none if it is something else."""
+    match statements:
+        case [
+            *_,
+            ast.Assign([ast.Name("inputs")], ast.List(inputs)),
+            ast.Assign([ast.Name("results")], ast.List(results)),
+            ast.For(body=[ast.Expr(ast.Call(ast.Name("assertion"), [call, _, atol]))]),
+        ]:
+            name, tolerance = ast.unparse(call).removesuffix("(*inp)"), _constant(atol) or 1e-6
+            calls = [f"{name}(*{ast.unparse(arguments)})" for arguments in inputs]
+            wanted = [spelled(_constant(result)) for result in results]
+            return [(*test, (1e-7, tolerance)) for test in zip(calls, wanted, strict=True)]
+    return []
+
+
+def _test(node: ast.expr) -> tuple[str, str, Sequence[float]]:
+    """Expression, output, tolerance of an assert; ValueError if the child would see the output."""
+    match node:
+        case ast.Compare(value, [ast.Eq()], [want]):
+            return ast.unparse(value), spelled(_constant(want)), TOLERANCE
+        case ast.Compare(value, [ast.Is()], [ast.Constant(bool() | None as want)]):
+            typed = f"[(type(value).__name__, value) for value in [{ast.unparse(value)}]]"
+            return typed, spelled([(type(want).__name__, want)]), TOLERANCE
+        case ast.Compare(
+            ast.Call(ast.Name("abs"), [ast.BinOp(value, ast.Sub(), want)]), [ast.Lt()], [eps]
+        ):
+            return ast.unparse(value), spelled(_constant(want)), (0.0, _constant(eps))
+        case ast.Call(ast.Attribute(attr="isclose"), [value, want], [ast.keyword("rel_tol", tol)]):
+            return ast.unparse(value), spelled(_constant(want)), (_constant(tol), 0.0)
+        case ast.Call(ast.Name(), arguments, []) | ast.UnaryOp(
+            ast.Not(), ast.Call(ast.Name(), arguments, [])
+        ):
+            _ = [_constant(argument) for argument in arguments]
+            return f"not not {ast.unparse(node)}", spelled(True), TOLERANCE
+    raise ValueError("not one of the known forms")
+
+
+def _constant(node: ast.expr) -> Any:
+    """The value of a literal, or of set(), tuple() of one; ValueError for all else."""
+    match node:
+        case ast.Call(ast.Name("set" | "tuple" as name), [inner], []):
+            return {"set": set, "tuple": tuple}[name](ast.literal_eval(inner))
+    return ast.literal_eval(node)
