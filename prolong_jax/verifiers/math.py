@@ -3,14 +3,19 @@ r"""Mathematical answers: math-verify behind guards; binary.
 Extraction: the last `\boxed{...}` with balanced braces in the final answer text (of nested boxes
 the outer one). Nothing else counts as an answer.
 
-Time: no alarm is set here. A hostile answer that slips through the guards runs until the worker
-pool kills it, so call this from a pool worker.
+Equality is math-verify's, with these corrections: whole numbers are compared exactly and decimals
+to a relative 1e-5 (it rounds to six places); units that pint knows must be the same where both
+sides name one, and all other words behind a number are remarks; of numerals with a base ("52_8")
+the bases count; an integral, sum, product or limit is no answer unless the reference has one.
+
+No alarm is set here: what slips through the guards runs until the pool of workers kills it.
 """
 
 import re
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 from prolong_jax.verifiers import Verdict, error, final_answer_text
@@ -18,7 +23,7 @@ from prolong_jax.verifiers import Verdict, error, final_answer_text
 PROMPT_SUFFIX = "Let's think step by step and output the final answer within \\boxed{}."
 EXAMPLE = (r"</think>\boxed{\frac{2}{4}}", {"answer": r"\frac{1}{2}"})
 
-MAX_CHARS = 1000  # of an answer
+MAX_CHARS = 500  # of an answer
 MAX_DEPTH = 20  # of brackets
 MAX_EXPONENT = 10_000
 MAX_FACTORIAL = 1000
@@ -26,8 +31,26 @@ SMALL = 1e-3  # below, math-verify's rounding to six decimals is too coarse
 RELATIVE_TOLERANCE = 1e-5
 
 _BOX_TOKEN = re.compile(r"\\boxed\s*+\{|\\.|[{}]", re.DOTALL)
-_INTEGER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)")
-_DECIMAL = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)\.[0-9]+")
+_NUMBER = re.compile(
+    r"[+-]?(?=\.?[0-9])(?:[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)|[0-9]*)"
+    r"(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3})?"
+)
+_BASED = re.compile(r"(-?[0-9A-Z]+)_\{?([0-9]{1,2})\}?")
+_UNIT = re.compile(
+    r"(?:[0-9}]\s*\\(?:text|mbox|textnormal|mathrm|rm)\s*\{|^[-+0-9.,]+(?:\s|\\[ ,]))\s*+"
+    r"([A-Za-z]+(?: [A-Za-z]+)?)\s*+\}?(?:\s*+\^\{?([0-9])\}?)?$"
+)
+_UNEVALUATED = re.compile(r"\\(?:i{1,3}nt|oint|sum|prod|lim)(?![A-Za-z])")
+_SPELLINGS = [  # what math-verify misreads, and how it reads it
+    (re.compile(r"\\!\s*|(?<=[0-9])\\[,:](?=[0-9]{3}(?![0-9]))"), ""),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"(?<=[0-9])i(?![A-Za-z])"), " i"),
+    (re.compile(r"°"), r"^\\circ"),
+    (re.compile(r"−"), "-"),
+    (re.compile(r"\\langle(?![A-Za-z])"), "("),
+    (re.compile(r"\\rangle(?![A-Za-z])"), ")"),
+]
+_NO_ALARM: Any = None  # the library annotates the setting as int, and documents None
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _LITERAL = re.compile(r"[0-9]+")
 
@@ -62,8 +85,7 @@ def verify(response: str, reference: Mapping[str, Any]) -> Verdict:
 def compare(answer: str, gold: str) -> Verdict:
     """Score 1 if the two expressions are equal, else 0; plain numbers without sympy.
 
-    Plain integers are compared exactly, plain decimals to a relative 1e-5. Identical strings are
-    equal. What would take too long to evaluate is refused before it is parsed (score 0).
+    What would take too long to evaluate is refused before it is parsed (score 0).
     """
     answer, gold = _strip(answer), _strip(gold)
     if not answer:
@@ -72,29 +94,32 @@ def compare(answer: str, gold: str) -> Verdict:
         return Verdict(1.0)
     told, true = _plain_number(answer), _plain_number(gold)
     if told is not None and true is not None:
-        exact = told.denominator == true.denominator == 1
-        close = told == true or (
-            not exact and abs(told - true) <= Fraction(RELATIVE_TOLERANCE) * abs(true)
-        )
-        return Verdict(float(close))
+        slack = 0 if true.denominator == 1 else Fraction(RELATIVE_TOLERANCE) * abs(true)
+        return Verdict(float(abs(told - true) <= slack))
+    numerals = _BASED.fullmatch(answer), _BASED.fullmatch(gold)
+    if numerals[0] and numerals[1]:
+        return Verdict(float(numerals[0].groups() == numerals[1].groups()))
     reason = refusal(answer)
+    if not reason and _UNEVALUATED.search(answer) and not _UNEVALUATED.search(gold):
+        reason = "not evaluated"
     if reason:
         return Verdict(0.0, detail=f"refused: {reason}")
     return _compare_symbolic(answer, gold)
 
 
 def _strip(text: str) -> str:
-    text = text.strip()
+    text = text.strip().strip("*").strip()
     if len(text) > 1 and text[0] == text[-1] == "$":
         text = text.strip("$").strip()
-    return text.replace(r"\!", "").replace("{,}", ",").removesuffix(".")
+    for pattern, replacement in _SPELLINGS:
+        text = pattern.sub(replacement, text)
+    return text.removesuffix(".")
 
 
 def _plain_number(text: str) -> Fraction | None:
-    text = text.replace("−", "-")
-    if len(text) > MAX_CHARS or not (_INTEGER.fullmatch(text) or _DECIMAL.fullmatch(text)):
+    if len(text) > MAX_CHARS or not _NUMBER.fullmatch(text):
         return None
-    return Fraction(text.replace(",", ""))
+    return Fraction(re.sub("[, ]", "", text))
 
 
 def _compare_symbolic(answer: str, gold: str) -> Verdict:
@@ -103,8 +128,11 @@ def _compare_symbolic(answer: str, gold: str) -> Verdict:
     true = _parse_gold(gold)
     if not true:
         return error(f"math: the answer of the reference cannot be parsed: {gold[:200]!r}")
-    told = math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=_no_limit())
-    equal = math_verify.verify(list(true), told, timeout_seconds=None)
+    units = _unit(answer), _unit(gold)
+    if units[0] is not None and units[1] is not None and units[0] != units[1]:
+        return Verdict(0.0, detail=f"unit {units[0]} where {units[1]} was expected")
+    told = math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=_NO_ALARM)
+    equal = math_verify.verify(list(true), told, timeout_seconds=None, allow_set_relation_comp=True)
     return Verdict(float(equal and not _differ_when_small(told[0], true[0])))
 
 
@@ -114,18 +142,15 @@ def _parse_gold(gold: str) -> tuple[Any, ...]:
 
     if refusal(gold):
         return ()
-    return tuple(math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=_no_limit()))
-
-
-def _no_limit() -> Any:
-    """No alarm (the library annotates the setting as int, and documents None)."""
-    return None
+    return tuple(math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=_NO_ALARM))
 
 
 def _differ_when_small(answer: Any, gold: Any) -> bool:
-    """Whether two numbers that math-verify rounds to the same six decimals differ after all."""
+    """Whether numbers that math-verify rounds to the same six decimals differ after all."""
     import sympy
 
+    if isinstance(answer, (sympy.Tuple, sympy.Set)):
+        return any(map(_differ_when_small, answer.args, getattr(gold, "args", ())))
     if not all(isinstance(side, sympy.Expr) and side.is_number for side in (answer, gold)):
         return False
     try:
@@ -135,6 +160,25 @@ def _differ_when_small(answer: Any, gold: Any) -> bool:
     if max(abs(told), abs(true)) >= SMALL:
         return False
     return abs(told - true) > RELATIVE_TOLERANCE * abs(true)
+
+
+def _unit(text: str) -> Any:
+    """The pint unit behind the number at the end of a text; None where there is none."""
+    found = _UNIT.search(text)
+    if found is None or "unit" in found[1]:  # to pint, units are micro-nits
+        return None
+    return parse_unit(f"{found[1]} ^ {found[2] or 1}")
+
+
+@lru_cache(maxsize=4096)
+def parse_unit(text: str) -> Any:
+    """The unit that a text names, as pint's Unit; None where pint does not know it."""
+    import pint
+
+    try:
+        return pint.get_application_registry().parse_units(text)
+    except Exception:  # pint raises a dozen unrelated kinds on odd unit names
+        return None
 
 
 def refusal(text: str) -> str:
@@ -202,12 +246,7 @@ def _size(exponent: str) -> int:
     """A bound for the value of an exponent: a product if it multiplies, else the largest number."""
     numbers = [int(number) for number in _LITERAL.findall(exponent)]
     multiplies = "*" in exponent or ")(" in exponent or re.search(r"[0-9)]\(", exponent)
-    if not multiplies:
-        return max(numbers, default=1)
-    size = 1
-    for number in numbers:
-        size *= max(1, number)
-    return size
+    return prod(max(1, n) for n in numbers) if multiplies else max(numbers, default=1)
 
 
 def _is_huge_factorial(plain: str, position: int, groups: dict[int, int]) -> bool:
@@ -215,14 +254,7 @@ def _is_huge_factorial(plain: str, position: int, groups: dict[int, int]) -> boo
     if before == "!":
         return True  # of a factorial
     start = groups.get(position - 1) if before == ")" else None
-    argument = _trailing_digits(plain, position) if start is None else plain[start:position]
+    argument = re.split("[^0-9]", plain[:position])[-1] if start is None else plain[start:position]
     numbers = [int(number) for number in _LITERAL.findall(argument)]
     grows = bool(re.search(r"[*^!\\]|[0-9)]\(", argument))
     return max(numbers, default=0) > MAX_FACTORIAL or (grows and bool(numbers))
-
-
-def _trailing_digits(plain: str, end: int) -> str:
-    start = end
-    while start > 0 and plain[start - 1].isdecimal():
-        start -= 1
-    return plain[start:end]

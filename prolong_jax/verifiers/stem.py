@@ -4,17 +4,17 @@ Multiple choice (the reference has `options`): the last complete `\boxed{...}` m
 capital letter, bare or inside `\text{}`, `\textbf{}`, `\mathrm{}`, `\mathbf{}` or round brackets, with
 or without a final full stop. Only where there is no complete box, the last non-empty line may
 instead read "Answer: B" ("The final answer is (B)." and the like). Anything else, as "B or C", is
-wrong.
+wrong. The letter of the reference may be in lower case, that of the response may not.
 
-Numbers: the last complete box. The value must lie within a relative tolerance (`rel_tol`, default
-1%) of the reference after conversion to its unit (pint knows the units; "0.084 km" is "84 m").
-A reference with a unit demands a unit; where pint does not know it, the same words. A reference
-without a unit takes any unit as a remark, save that a per cent sign counts.
+Numbers: the last complete box. The value must lie within a relative tolerance of the reference after
+conversion to its unit (pint knows the units; "0.084 km" is "84 m"). The tolerance is the `rel_tol`
+of the reference, 1% by default; 0 takes exact values only. A reference with a unit demands a unit;
+where pint does not know it, the same words. A reference without a unit takes any unit as a remark,
+save that a per cent sign counts.
 """
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 from prolong_jax.verifiers import Verdict, error, final_answer_text, math
@@ -38,16 +38,19 @@ _NUMBER = re.compile(
     rf"|\((?P<top2>{_FLOAT})\)\s*/\s*\((?P<bottom2>{_FLOAT})\)"
     rf"|(?P<only_sign>[+-]?){_POWER_OF_TEN.format('only')}"
     rf"|(?P<value>{_FLOAT})"
-    rf"(?:[eE](?P<e>[+-]?[0-9]{{1,3}})(?![0-9])|\s*\*\s*{_POWER_OF_TEN.format('power')})?)"
+    rf"(?:[eE](?P<e>[+-]?[0-9]{{1,3}})(?![0-9])|(?:\s*+\*\s*+|\s++){_POWER_OF_TEN.format('power')})?)"
     r"(?P<unit>.*)",
     re.DOTALL,
 )
 _UNIT = re.compile(r"(?:[A-Za-z%]++(?:\^\(?[+-]?[0-9]{1,2}\)?)?|1(?=\s*/)|[*/()\s])*+")
 _LATEX = [
     (re.compile(r"\\[,;:! ]|\\quad|~|\u00a0|\u202f"), " "),
+    (re.compile(r"\{\s*\}"), ""),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?\s*|°\s*|\\degree\s*"), " deg"),
     (re.compile(r"\s*\^\s*\{([^{}]*+)\}"), r"^\1"),
+    (re.compile(r"\s*\^\s*"), "^"),
+    (re.compile(r"(?<=[A-Za-z])-(?=[A-Za-z])"), "*"),
     (re.compile(r"\\[dt]?frac\s*+\{([^{}]*+)\}\s*+\{([^{}]*+)\}"), r"(\1)/(\2)"),
     (re.compile(r"\\(?:times|cdot)(?![A-Za-z])|[×·⋅∙]|\*\*(?=\s*10)"), "*"),
     (re.compile(r"\\mu\s*|[µμ]"), "u"),
@@ -55,7 +58,7 @@ _LATEX = [
     (re.compile(r"Å|\\AA(?![A-Za-z])"), "angstrom"),
     (re.compile(r"\\%"), "%"),
     (re.compile(r"\*\*"), "^"),
-    (re.compile(r"\\(?:approx|left|right)(?![A-Za-z])|≈|\$"), " "),
+    (re.compile(r"\\(?:approx|left|right)(?![A-Za-z])|≈|\\?\$"), " "),
     (re.compile(r"−"), "-"),
     (re.compile(r"²"), "^2"),
     (re.compile(r"³"), "^3"),
@@ -96,7 +99,7 @@ def extract_letter(text: str) -> str | None:
 
 
 def _verify_choice(text: str, gold: str, num_options: int) -> Verdict:
-    letters = [chr(ord("A") + i) for i in range(min(num_options, 26))]
+    gold, letters = gold.upper(), [chr(ord("A") + i) for i in range(min(num_options, 26))]
     if gold not in letters:
         return error(f"stem: expected the answer to be one of {''.join(letters)}, got {gold!r}")
     letter = extract_letter(text)
@@ -152,17 +155,14 @@ def _compare_quantities(
     return Verdict(float(abs(value - gold) <= rel_tol * abs(gold)))
 
 
-@lru_cache(maxsize=1)
-def _registry() -> Any:
-    import pint
-
-    return pint.UnitRegistry()
-
-
 def _convert(value: float, unit: str, to: str) -> float | None:
     """The value in another unit, or None where the units are unknown or do not fit."""
-    registry = _registry()
-    try:
-        return float(registry.Quantity(value, registry.parse_units(unit)).to(to).magnitude)
-    except Exception:  # pint raises a dozen unrelated kinds on odd unit names
+    import pint
+
+    told, true = math.parse_unit(unit), math.parse_unit(to)
+    if told is None or true is None:
         return None
+    try:
+        return float(pint.get_application_registry().Quantity(value, told).to(true).magnitude)
+    except (pint.errors.PintError, ArithmeticError):
+        return None  # they do not fit, or the factor overflows
