@@ -1,6 +1,10 @@
 """Science answers: letters, numbers with units, the fall-back to mathematics."""
 
+import json
+import os
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -60,7 +64,12 @@ def test_anything_but_one_letter_is_wrong(text):
     assert choose(text) == 0.0
 
 
-@pytest.mark.parametrize("gold", ["E", "b", "N", "AB"])
+def test_the_gold_letter_may_be_in_lower_case():
+    assert choose(r"\boxed{B}", gold="b") == 1.0
+    assert choose(r"\boxed{b}", gold="b") == 0.0
+
+
+@pytest.mark.parametrize("gold", ["E", "e", "N", "AB", "(B)"])
 def test_a_gold_letter_without_an_option_is_our_error(gold):
     assert stem.verify(r"\boxed{B}", {"answer": gold, "options": OPTIONS}).status == Status.ERROR
 
@@ -87,6 +96,12 @@ def test_a_gold_letter_without_an_option_is_our_error(gold):
         ("50%", "0.5"),
         (r"\frac{1}{2} m", "50 cm"),
         ("F = 12 N", "12 N"),
+        (r"1200\ \mathrm{cm}^3", r"1.2\ \mathrm{dm}^{3}"),
+        (r"0.5\ \text{dm}^3\,\text{mol}^{-1}", "0.5 L/mol"),
+        (r"3.5\times10^{15}\ \mathrm{m} / \mathrm{s}^2", r"3.5\ 10^{15}\ \mathrm{m\,s^{-2}}"),
+        (r"4.5\ \mathrm{ft-lb}", r"4.5\ \text{ft} \cdot \text{lb}"),
+        (r"35.9 { }^{\circ} \mathrm{C}", "309.05 K"),
+        (r"\$36", "36"),
         ("12", "12"),
         ("12 N", "12"),
         ("0", "0"),
@@ -118,6 +133,9 @@ def test_equal_quantities_score_one(answer, gold):
         ("", "84 m"),
         ("1/0", "84"),
         ("84 m**9**9**9**9", "84 m"),
+        ("84 Ym^99", "84 m^99"),
+        ("84 degC^2", "84 m"),
+        (r"84\ \mathrm{m}^2", "84 m^3"),
         ("84 __import__", "84 m"),
     ],
 )
@@ -146,3 +164,57 @@ def test_long_answers_take_no_time(answer):
     start = time.monotonic()
     score(answer, "84 m")
     assert time.monotonic() - start < 2.0
+
+
+def scibench() -> Iterator[tuple[str, float, str, str]]:
+    """(name, gold value, gold text, what stands behind the number) of each problem and form."""
+    folder = os.environ.get("PROLONG_TEST_DATA")
+    if not folder:
+        pytest.skip("PROLONG_TEST_DATA is not set")
+    for path in sorted((Path(folder) / "scibench").glob("*.json")):
+        rows = json.loads(path.read_text()) if not path.stem.endswith("_sol") else []
+        for row in rows:
+            name = f"{path.stem} {row['problemid'].strip()}"
+            number, unit = row["answer_number"].strip(), " ".join(row["unit"].split())
+            value = float(number.replace(",", "").replace("−", "-"))
+            yield name, value, number, ""
+            if unit:
+                behind = rf" \times {unit}" if unit.lstrip("$ ").startswith("10") else f" {unit}"
+                yield name, value, number + behind, behind
+
+
+# The unit is "${\circ}$", a circle that is not raised, which no rule should take for degrees.
+SCIBENCH_EXCEPTIONS = {"matter 37.7(a)"}
+
+
+def test_gold_answers_of_scibench():
+    """Without and with the unit: another spelling of the number is right, a fifth more is wrong."""
+    failed, checked = set(), 0
+    for name, value, gold, behind in scibench():
+        for factor in (1.0, 1.2, 0.8):
+            mantissa, exponent = f"{value * factor:.9e}".split("e")
+            number = rf"{mantissa} \times 10^{{{int(exponent)}}}"
+            told = repr(value * factor) if r"\times" in behind else number
+            expected = float(factor == 1.0 or value == 0.0)
+            if score(told + behind, gold) != expected:
+                failed.add(name)
+            checked += 1
+    assert failed == SCIBENCH_EXCEPTIONS
+    assert checked == 3 * 1003
+
+
+def test_rewards_of_recorded_choices():
+    """Real responses of a large model, with the rewards of their data set."""
+    folder = os.environ.get("PROLONG_TEST_DATA")
+    if not folder:
+        pytest.skip("PROLONG_TEST_DATA is not set")
+    path = Path(folder) / "nemo_gym" / "mcqa__example_rollouts.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        messages = [item for item in row["response"]["output"] if item["type"] == "message"]
+        text = messages[-1]["content"][-1]["text"]
+        reference = {"answer": row["expected_answer"], "options": list("ABCDEFGHIJ")}
+        verdict = stem.verify(text, reference)
+        assert (verdict.status, verdict.score) == (Status.OK, row["reward"]), text
+        assert stem.extract_letter(text) == row["extracted_answer"]
+    assert len(rows) == 5
