@@ -21,6 +21,7 @@ import atexit
 import json
 import marshal
 import os
+import re
 import resource
 import secrets
 import select
@@ -45,7 +46,7 @@ TIERS = {
 MAX_OUTPUT_BYTES = 32 << 20
 MAX_RUN_BYTES = 2 << 30  # resident, of all processes of a run
 WATCH_S = 0.05  # between looks at that
-START_LIMIT_S = 120.0
+START_LIMIT_S, STOP_LIMIT_S = 120.0, 20.0
 
 # What programs in contests import; a zygote has them loaded.
 PROGRAM_MODULES = (
@@ -275,13 +276,9 @@ def _request(module: str, task: tuple[Any, ...], deadline: float) -> tuple[dict[
 
 
 def _messages(data: bytearray, token: str) -> dict[str, str]:
-    """The texts that carry the token, by kind; of two of a kind the first."""
-    found: dict[str, str] = {}
-    for line in data.decode(errors="replace").split("\n"):
-        parts = line.split(" ", 2)
-        if len(parts) == 3 and parts[0] == token:
-            found.setdefault(parts[1], parts[2])
-    return found
+    """The texts of whole lines that carry the token, by kind; of two of a kind the first."""
+    found = re.findall(rb"%s (\S+) (.*)\n" % token.encode(), data)
+    return {kind.decode("utf-8", "replace"): text.decode("utf-8", "replace") for kind, text in reversed(found)}
 
 
 class _Zygote:
@@ -297,6 +294,7 @@ class _Zygote:
                 stdin=theirs,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
+                start_new_session=True,  # it ends by itself, after what it runs, when we do
                 env={"PATH": os.environ.get("PATH", os.defpath), **_ENVIRONMENT},
             )
             self.pid = self._process.pid
@@ -326,14 +324,18 @@ class _Zygote:
             try:
                 return self._read(read_fd, f"{token} E ".encode(), deadline)
             finally:
+                self._control.settimeout(STOP_LIMIT_S)
                 if not self._confirmed(b"."):
                     self.close()
 
     def close(self) -> None:
-        """Kills the zygote, whatever it is doing, and reaps it."""
-        self._process.kill()
-        self._process.wait()
+        """Ends the zygote: by itself, after what it runs, or else by force."""
         self._control.close()
+        try:
+            self._process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def _confirmed(self, message: bytes = b"") -> bool:
         """Whether a byte comes back after the message."""
@@ -375,7 +377,7 @@ def _command(tier: str, module: str) -> list[str]:
     sites = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     settings = {
         "tier": tier,
-        "parent": os.getpid(),
+        "uid": os.getuid(),
         "options": _OPTIONS,
         "modules": [module] if module else PROGRAM_MODULES,
         "sys_path": [str(package.parent), *sites] if module else [],
