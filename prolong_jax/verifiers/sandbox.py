@@ -1,20 +1,18 @@
-"""Confined child processes, in which programs of responses and scorers that evaluate text run.
+"""Confined child processes for programs of responses, and for scorers that evaluate their text.
 
-A zygote (`sandbox_zygote.py`) forks one child per run. Every run has rlimits (CPU, 1 GiB of data,
-file size, processes, open files), an empty environment, an empty working folder, no new privileges,
-another uid if this process is root, 2 GiB for all its processes together, and ends with all of them.
-Beyond that, by tier:
+A zygote (`sandbox_zygote.py`) forks a child per run. In every tier a run has rlimits (CPU, 1 GiB of
+data, file size, processes, files), 2 GiB for all its processes, no environment, an empty working
+folder, no new privileges, and another uid if this process is root; all of it ends with the run.
 
-- A: inside bubblewrap: no file but libraries, no network, no /proc; per run fresh process, mount and
-  IPC namespaces, a /tmp of 64 MiB, no capability, and a filter of system calls (seccomp).
-- B: landlock (reads libraries, writes nothing) and seccomp (no sockets, no signals to others).
-- C: nothing more. This is NOT a sandbox: it is refused unless asked for.
+- A: in bubblewrap: no files but libraries, no network, no /proc; per run fresh process, mount and IPC
+  namespaces, 64 MiB of /tmp, no capabilities, and a filter of system calls (seccomp).
+- B: landlock (reads libraries, writes nothing) and seccomp (no sockets, signals only to itself).
+- C: no more than the above. This is NOT a sandbox, and refused unless asked for.
 
-`choose_tier` takes the best tier in which the escapes that it tries fail. NOT covered: faults of the
-kernel, reachable through what seccomp lets pass; what timing and the load of the machine tell; CPU
-time of other processes. In B also: the names and sizes of files and the list of processes can be
-seen. In C also: the network, all files that the uid may read or write, and, where the uid cannot be
-dropped, all processes of the user. Linux only; A and B on x86_64 and aarch64.
+NOT covered: faults of the kernel behind the calls that seccomp lets pass; CPU time taken from
+others. In B: names and sizes of files, and the processes of others, can be seen. In C: the network,
+all files that the uid may use, and as no root all processes of the user. Linux only; A and B on
+x86_64 and aarch64. No limit holds what a program claims: only the caller may know what is right.
 """
 
 import atexit
@@ -41,20 +39,19 @@ from typing import Any
 TIERS = {
     "A": "bubblewrap, fresh namespaces, seccomp, rlimits",
     "B": "landlock, seccomp, rlimits",
-    "C": "rlimits only",
+    "C": "rlimits only: no sandbox",
 }
 MAX_OUTPUT_BYTES = 32 << 20
 MAX_RUN_BYTES = 2 << 30  # resident, of all processes of a run
 WATCH_S = 0.05  # between looks at that
-START_LIMIT_S, STOP_LIMIT_S = 120.0, 20.0
+START_LIMIT_S, STOP_LIMIT_S = 120.0, 20.0  # of a zygote; not part of a run's time
 
-# What programs in contests import; a zygote has them loaded.
-PROGRAM_MODULES = (
-    "abc array ast base64 bisect calendar cmath collections contextlib copy csv ctypes dataclasses "
-    "datetime decimal enum fractions functools hashlib heapq io itertools json math numbers "
-    "operator os queue random re statistics string struct subprocess sys textwrap threading time "
-    "traceback types typing unicodedata uuid"
-).split()
+# What programs in contests import; their zygote has it loaded.
+PROGRAM_MODULES = """
+array ast base64 bisect calendar cmath collections contextlib copy dataclasses datetime decimal enum
+fractions functools hashlib heapq itertools math numbers operator queue random re statistics string
+struct subprocess textwrap threading time traceback typing unicodedata
+""".split()
 
 
 @dataclass
@@ -68,10 +65,10 @@ class ProgramRun:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call ended: with a value unless one of the other fields says otherwise."""
+    """How a call ended: with a value, unless another field is set."""
 
     value: Any = None  # JSON
-    raised: tuple[str, str] | None = None  # type and message; ("", ...) if the process died
+    raised: tuple[str, str] | None = None  # type and message; type "" where the process died
     timed_out: bool = False
     failed: str = ""  # why it could not run: our fault
 
@@ -88,7 +85,7 @@ def run_program(
 
     Raises:
       OSError: no confined process can be had.
-      ValueError: no tier was chosen and none but C works here.
+      ValueError: no tier was chosen and only C is left.
     """
     run, first = ProgramRun(), 0
     _zygote("")
@@ -111,37 +108,41 @@ def run_program(
 
 
 def call(function: str, arguments: list[Any], time_limit_s: float) -> Outcome:
-    """Calls a function of ours, which may evaluate text of a response, in a confined process.
+    """Calls a function of ours in a confined process, for the sake of what it may evaluate.
 
-    The module is loaded once per zygote, with the modules that its `PRELOAD` names, if it has one;
-    loading does not count to the limit. The value comes with a token over a pipe that programs
-    started by the text do not inherit; text that takes over the interpreter can still forge it.
+    Its module, and the modules that a `PRELOAD` there names, are loaded once, outside the limit.
+    The value comes with a token over a pipe that other programs do not inherit; still, text that
+    takes over the interpreter can forge it.
 
     Args:
-      function: "package.module:name"; trusted.
+      function: "package.module:name" in this package or a site-packages folder; trusted.
       arguments: JSON values; not trusted.
       time_limit_s: wall seconds.
+
+    Raises:
+      ValueError: no tier was chosen and only C is left.
     """
     module = function.partition(":")[0]
     try:
-        task = ("call", function, json.dumps(arguments))
         _zygote(module)
-        messages, in_time = _request(module, task, time.monotonic() + time_limit_s)
+        deadline = time.monotonic() + time_limit_s
+        messages, in_time = _request(module, ("call", function, json.dumps(arguments)), deadline)
+    except OSError as problem:
+        return Outcome(failed=str(problem))
+    with suppress(ValueError, RecursionError):
         if "V" in messages:
             return Outcome(json.loads(messages["V"]))
         if "X" in messages:
             kind, text = json.loads(messages["X"])
             return Outcome(raised=(kind, text))
-    except (OSError, ValueError, RecursionError) as problem:
-        return Outcome(failed=f"{type(problem).__name__}: {problem}")
     if not in_time:
         return Outcome(timed_out=True)
-    return Outcome(raised=("", "the process ended without an answer"))
+    return Outcome(raised=("", "the process ended without a value"))
 
 
 # --- the choice of the tier ---------------------------------------------------------------------
 
-# An attempt succeeds where it does not raise.
+# The names of the attempts that succeed, which are those that do not raise.
 _PROBE = """
 import ctypes, os, socket
 libc = ctypes.CDLL(None)
@@ -151,11 +152,11 @@ ATTEMPTS = {
     "reads files of the user": lambda at: open(at["file"]).read(),
     "writes files": lambda at: open(at["folder"] + "/written", "w"),
     "connects sockets": lambda at: socket.create_connection(("127.0.0.1", at["port"]), 5),
-    "reaches the caller with signals": lambda at: os.kill(at["pid"], 0),
+    "signals the caller": lambda at: os.kill(at["pid"], 0),
     "sets core_pattern": lambda at: os.open("/proc/sys/kernel/core_pattern", os.O_WRONLY),
     "traces": lambda at: demand(libc.ptrace(0, 0, 0, 0) == 0),
     "makes namespaces": lambda at: demand(libc.unshare(0x10000000) == 0),
-    "takes more than its memory": lambda at: bytearray(at["memory"]),
+    "exceeds its memory": lambda at: bytearray(at["memory"]),
     "kills its parent": lambda at: demand(os.kill(os.getppid(), 9)),  # seen from outside
 }
 def escapes(at):
@@ -168,25 +169,29 @@ def succeeds(attempt, at):
 
 
 def use_tier(tier: str) -> None:
-    """Sets the tier of this process without trying it: what the caller's `choose_tier` returned."""
+    """Sets the tier of this process without a test, as when another one's `choose_tier` chose it.
+
+    Raises:
+      ValueError: unknown tier.
+    """
     if tier not in TIERS:
         raise ValueError(f"sandbox tier: expected one of {', '.join(TIERS)}, got {tier!r}.")
-    if _chosen[:1] != [tier]:
+    if _chosen != [tier]:
         close()
         _chosen[:] = [tier]
 
 
 def choose_tier(allow_rlimits_only: bool = False) -> str:
-    """The best tier whose self-test passes here, now in use in this process; tried once.
+    """The best tier in which the escapes that it tries fail; this process uses it from now on.
 
     Raises:
-      ValueError: only C is left and not allowed; says what failed in A and B.
+      ValueError: only C is left and not allowed; says why.
     """
     tier, problems = _best_tier()
     if tier == "C" and not allow_rlimits_only:
         raise ValueError(
-            "sandbox: expected bubblewrap and user namespaces, or landlock and seccomp, got "
-            f"{'; '.join(problems)}: install bubblewrap, or allow rlimits only for trusted programs."
+            "sandbox: expected bubblewrap with user namespaces, or landlock and seccomp, got "
+            f"{'; '.join(problems)}: install bubblewrap, or allow rlimits only."
         )
     use_tier(tier)
     return tier
@@ -194,25 +199,26 @@ def choose_tier(allow_rlimits_only: bool = False) -> str:
 
 @cache
 def _best_tier() -> tuple[str, list[str]]:
+    """The tier, and what is wrong with better ones; leaves none in use but a good one."""
     problems = []
     for tier in ("A", "B"):
         use_tier(tier)
-        problem = self_test()
-        if not problem:
+        if not (problem := self_test()):
             return tier, problems
         problems.append(f"tier {tier} {problem}")
+    close()
+    _chosen.clear()
     return "C", problems
 
 
 def self_test() -> str:
-    """Tries escapes in the tier in use; says in words which succeeded, "" if none did."""
+    """Tries escapes in the tier in use; what is wrong with it in words, "" if nothing is."""
     try:
         before = _zygote("").pid
         with tempfile.TemporaryDirectory() as folder, socket.create_server(("", 0)) as server:
             os.chmod(folder, 0o777)
-            file = Path(folder, "file")
-            file.write_text("for everybody")
-            at = {"file": str(file), "folder": folder, "pid": os.getpid()}
+            Path(folder, "file").write_text("for everybody")
+            at = {"file": f"{folder}/file", "folder": folder, "pid": os.getpid()}
             at |= {"port": server.getsockname()[1], "memory": MAX_RUN_BYTES}
             escapes = run_program(_PROBE, [[at]], "escapes", START_LIMIT_S).values.get(0)
         run_program("print()", [""], None, START_LIMIT_S)
@@ -220,28 +226,28 @@ def self_test() -> str:
     except OSError as problem:
         return f"does not run ({problem})"
     if killed or not isinstance(escapes, list):
-        return "does not withstand the self-test: a program ends its zygote"
+        return "does not hold: a program ends its zygote"
     return f"does not hold: a program {', '.join(escapes)}" if escapes else ""
 
 
 # --- the zygotes --------------------------------------------------------------------------------
 
 _chosen: list[str] = []  # the tier in use, once there is one
-_zygotes: dict[tuple[int, str], "_Zygote"] = {}  # by this process's pid and the module loaded
-_lock = threading.RLock()
+_zygotes: dict[str, "_Zygote"] = {}  # by the module that they have loaded
+_lock = threading.RLock()  # one run at a time
 
 
 def zygote_pids() -> set[int]:
-    """The children of this process that serve for many runs."""
-    return {zygote.pid for (pid, _), zygote in _zygotes.items() if pid == os.getpid()}
+    """The child processes of this one that serve many runs."""
+    return {zygote.pid for zygote in _zygotes.values()}
 
 
 @atexit.register
 def close() -> None:
-    """Ends the zygotes of this process; the next run starts new ones."""
+    """Ends the zygotes; the next run starts new ones."""
     with _lock:
-        for key in [key for key in _zygotes if key[0] == os.getpid()]:
-            _zygotes.pop(key).close()
+        while _zygotes:
+            _zygotes.popitem()[1].close()
 
 
 def kill_group(pid: int) -> None:
@@ -255,30 +261,26 @@ def _zygote(module: str) -> "_Zygote":
     if not _chosen:
         choose_tier()
     with _lock:
-        key = (os.getpid(), module)
-        if key in _zygotes and not _zygotes[key].is_alive():
-            _zygotes.pop(key).close()
-        if key not in _zygotes:
-            _zygotes[key] = _Zygote(_chosen[0], module)
-        return _zygotes[key]
+        if module in _zygotes and not _zygotes[module].is_alive():
+            _zygotes.pop(module).close()
+        if module not in _zygotes:
+            _zygotes[module] = _Zygote(_chosen[0], module)
+        return _zygotes[module]
 
 
 def _request(module: str, task: tuple[Any, ...], deadline: float) -> tuple[dict[str, str], bool]:
-    """The messages of one run, and whether it ended by itself in time."""
-    token = secrets.token_hex(16)
+    """The messages of one run by kind, the first of a kind; and whether it ended in time."""
+    token, data = secrets.token_hex(16), b""
     cpu_s = int(max(0.0, deadline - time.monotonic())) + 1
-    for _ in range(2):  # a zygote may have been killed
-        data, in_time = _zygote(module).run(marshal.dumps((token, cpu_s, *task)), token, deadline)
-        messages = _messages(data, token)
-        if "B" in messages or not in_time:
-            return messages, in_time
+    for _ in range(2):  # the zygote may be dying
+        with _lock:
+            whole = marshal.dumps((token, cpu_s, *task))
+            data, in_time = _zygote(module).run(whole, f"{token} E ".encode(), deadline)
+        lines = re.findall(rb"%s (\S+) (.*)\n" % token.encode(), data)
+        found = {kind.decode(): text.decode("utf-8", "replace") for kind, text in reversed(lines)}
+        if "B" in found or not in_time:
+            return found, in_time
     raise OSError(f"the sandbox cannot start a run: {data[:500].decode(errors='replace')!r}")
-
-
-def _messages(data: bytearray, token: str) -> dict[str, str]:
-    """The texts of whole lines that carry the token, by kind; of two of a kind the first."""
-    found = re.findall(rb"%s (\S+) (.*)\n" % token.encode(), data)
-    return {kind.decode("utf-8", "replace"): text.decode("utf-8", "replace") for kind, text in reversed(found)}
 
 
 class _Zygote:
@@ -287,32 +289,32 @@ class _Zygote:
     def __init__(self, tier: str, module: str):
         self._control, theirs = socket.socketpair()
         self._control.settimeout(START_LIMIT_S)
-        self._lock = threading.Lock()
-        with theirs, tempfile.TemporaryFile() as log:
-            self._process = subprocess.Popen(
-                _command(tier, module),
-                stdin=theirs,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                start_new_session=True,  # it ends by itself, after what it runs, when we do
-                env={"PATH": os.environ.get("PATH", os.defpath), **_ENVIRONMENT},
-            )
-            self.pid = self._process.pid
-            theirs.close()
+        with tempfile.TemporaryFile() as log:
+            with theirs:
+                self._process = subprocess.Popen(
+                    _command(tier, module),
+                    stdin=theirs,
+                    stdout=subprocess.DEVNULL,
+                    stderr=log,
+                    env={"PATH": os.environ.get("PATH", os.defpath), **_ENVIRONMENT},
+                    start_new_session=True,  # it ends by itself, with what it runs, when we do
+                )
             if not self._confirmed():
                 self.close()
                 log.seek(0)
                 said = log.read().decode(errors="replace").strip().splitlines()[-1:]
                 raise OSError(": ".join([f"the zygote of tier {tier} did not start", *said]))
+        self._control.settimeout(STOP_LIMIT_S)
+        self.pid = self._process.pid
         self._base_bytes = max(map(_resident_bytes, _tree(self.pid)))
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def run(self, task: bytes, token: str, deadline: float) -> tuple[bytearray, bool]:
-        """What one run wrote up to its last message, and whether that was in time."""
+    def run(self, task: bytes, end: bytes, deadline: float) -> tuple[bytes, bool]:
+        """What one run wrote up to the end mark, the end of the pipe or a cap; and if in time."""
         read_fd, write_fd = os.pipe()
-        with self._lock, open(read_fd, "rb", buffering=0):
+        with open(read_fd, "rb", buffering=0):
             with open(write_fd, "wb", buffering=0), open(os.memfd_create("task"), "w+b") as file:
                 file.write(task)
                 file.seek(0)
@@ -320,11 +322,10 @@ class _Zygote:
                     socket.send_fds(self._control, [b"r"], [file.fileno(), write_fd])
                 except OSError:
                     self.close()
-                    return bytearray(), True
+                    return b"", True
             try:
-                return self._read(read_fd, f"{token} E ".encode(), deadline)
+                return self._read(read_fd, end, deadline)
             finally:
-                self._control.settimeout(STOP_LIMIT_S)
                 if not self._confirmed(b"."):
                     self.close()
 
@@ -344,37 +345,33 @@ class _Zygote:
             return bool(self._control.recv(1))
         return False
 
-    def _read(self, fd: int, end: bytes, deadline: float) -> tuple[bytearray, bool]:
-        """What comes up to the end mark, the end of the pipe or a cap; False past the deadline."""
+    def _read(self, fd: int, end: bytes, deadline: float) -> tuple[bytes, bool]:
         poller = select.poll()
         poller.register(fd, select.POLLIN)
         data, chunk, look = bytearray(), b"?", time.monotonic() + WATCH_S
         while chunk and len(data) <= MAX_OUTPUT_BYTES and end not in data[-len(chunk) - len(end) :]:
             now = time.monotonic()
-            if now >= deadline:
-                return data, False
             if now >= look:
                 look = now + WATCH_S
-                if self._run_bytes() > MAX_RUN_BYTES:
-                    return data, True
+                extra = [_resident_bytes(pid) - self._base_bytes for pid in _tree(self.pid)]
+                if sum(max(0, size) for size in extra) > MAX_RUN_BYTES:
+                    break
+            if now >= deadline:
+                return bytes(data), False
             if poller.poll(1000 * (min(deadline, look) - now)):
                 chunk = os.read(fd, 1 << 16)
                 data += chunk
-        return data, True
-
-    def _run_bytes(self) -> int:
-        """Memory of the run's processes beyond what they share with the zygote."""
-        return sum(max(0, _resident_bytes(pid) - self._base_bytes) for pid in _tree(self.pid))
+        return bytes(data), True
 
 
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-_OPTIONS = "-s -P -S -B -X utf8".split()  # no folders of the user or of site-packages, no traces
+_OPTIONS = "-s -P -S -B -X utf8".split()  # without the folders of the user and of site-packages
 
 
 def _command(tier: str, module: str) -> list[str]:
-    """The start of a zygote: the bare interpreter; for a module also site-packages and us."""
+    """How a zygote starts: the bare interpreter; for a module with site-packages and with us."""
     package = Path(__file__).parents[1]
-    sites = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    sites = [path for path in sys.path if path.endswith(("/site-packages", "/dist-packages"))]
     settings = {
         "tier": tier,
         "uid": os.getuid(),

@@ -130,8 +130,7 @@ ATTACKS = {
         "    return os.waitpid(pid, 0)[1] == 256"
     ),
     "raise a limit": (
-        "import resource as r\n"
-        "def attack(): return r.setrlimit(r.RLIMIT_NPROC, (4096, 4096))"
+        "import resource as r\ndef attack(): return r.setrlimit(r.RLIMIT_NPROC, (4096, 4096))"
     ),
     "take off the filter": (
         LIBC + "def attack(): return libc.prctl(38, 0, 0, 0, 0) == 0 or libc.prctl(21) == 0"
@@ -174,9 +173,7 @@ ATTACKS = {
         "    return False"
     ),
 }
-EVERYBODY = (
-    "import os\ndef attack():\n    os.kill(-1, 9)\n    return False  # seen outside"
-)  # not in tier C, where it kills all that the user may kill
+EVERYBODY = "import os\ndef attack():\n    os.kill(-1, 9)\n    return False  # seen outside"  # not in tier C, where it kills all that the user may kill
 
 DOUBLE = "def f(x):\n    if x == 2:\n        {fault}\n    return 2 * x\n"
 FAULTS = {  # in the second test alone, so 0.75
