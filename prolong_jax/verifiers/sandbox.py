@@ -293,7 +293,7 @@ class _Zygote:
             with theirs:
                 self._process = subprocess.Popen(
                     _command(tier, module),
-                    stdin=theirs,
+                    stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=log,
                     env={"PATH": os.environ.get("PATH", os.defpath), **_ENVIRONMENT},

@@ -148,7 +148,8 @@ def take_own_uid() -> None:
 
 def become_bubblewrap(settings: dict[str, Any]) -> None:
     """A root of libraries, four devices and an empty /tmp, which each run covers with its own."""
-    command = "bwrap --die-with-parent --as-pid-1 --cap-add CAP_SYS_ADMIN --unshare-all".split()
+    command = "bwrap --die-with-parent --as-pid-1 --unshare-all --unshare-user".split()
+    command += ["--cap-add", "CAP_SYS_ADMIN"]  # in its own user namespace, until a run starts
     for path in SYSTEM:
         command += ["--ro-bind-try", path, path]
     for path in sorted(settings["paths"]):
@@ -213,7 +214,7 @@ def begin(tier: str, files: list[int], ruleset: int) -> None:
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         if tier == "A":
             enter_namespaces()
-        run(tier, *files, ruleset)
+        run(tier, files[0], files[1], ruleset)
     except Exception as problem:  # counts before the first message; afterwards it has no token
         os.write(files[1], repr(problem).encode())
     finally:
