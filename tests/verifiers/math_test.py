@@ -236,7 +236,7 @@ def test_only_the_text_after_thinking_counts():
         "2^{100!}",
         "1e999999999",
         "(" * 3000 + "1" + ")" * 3000,
-        "(" * 400 + "1" + ")" * 400,
+        "(" * 100 + "1" + ")" * 100,
         "1+" * 100_000 + "1",
         "\\boxed{" * 10_000 + "1" + "}" * 10_000,
     ],
@@ -252,9 +252,9 @@ def test_hostile_answers_are_refused_before_parsing(answer):
     "text", [r"\boxed{1}" * 100_000, r"\boxed{" * 100_000, r"\boxed" + " " * 500_000, "{" * 500_000]
 )
 def test_extraction_is_linear(text):
-    start = time.monotonic()
+    start = time.process_time()
     math.last_boxed(text)
-    assert time.monotonic() - start < 2.0
+    assert time.process_time() - start < 1.0
 
 
 def test_responses_with_many_boxes_are_quick():

@@ -161,9 +161,9 @@ def test_a_reference_without_an_answer_is_our_error():
     "answer", ["84 " + "a" * 50_000, "84 " + "a" * 60 + "!", "84 " + "m^2" * 60, "9" * 100_000]
 )
 def test_long_answers_take_no_time(answer):
-    start = time.monotonic()
+    start = time.process_time()
     score(answer, "84 m")
-    assert time.monotonic() - start < 2.0
+    assert time.process_time() - start < 1.0
 
 
 def scibench() -> Iterator[tuple[str, float, str, str]]:
