@@ -91,6 +91,7 @@ class VerifierSettings:
     num_workers: int = 2  # processes
     time_limit_s: float = 10.0  # per response, from the start of its verification
     max_error_rate: float = 0.2  # share of faults of a verifier in one step that stops the run
+    allow_rlimits_only: bool = False  # run programs of responses where no sandbox can be had
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from prolong_jax.rollout import Collector, Group, Timer, sample_groups, sampling
 from prolong_jax.sampler import SamplingRule
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.types import PyTree
-from prolong_jax.verifiers.pool import Pool
+from prolong_jax.verifiers.pool import open_pool
 
 # Scored strictly right or wrong at evaluation (arXiv 2505.24864, section 3.4); the others by
 # their continuous reward.
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = parse(sys.argv[1:] if argv is None else argv)[0]
         model, params = load_model(run.model.path, jnp.dtype(run.model.dtype))
         tokenizer = ChatTokenizer(run.model.path)
-        with Pool(run.verifiers.num_workers, run.verifiers.time_limit_s) as pool:
+        with open_pool(run.verifiers) as pool:
             pool.check(DOMAINS)
             mesh = make_mesh(run.mesh)
             collector = Collector(model, mesh, tokenizer, pool, run.seed)

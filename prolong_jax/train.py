@@ -59,7 +59,7 @@ from prolong_jax.rollout import (
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.types import PyTree, TrainState
 from prolong_jax.update import make_score, make_update, pack, put_rows, reset_reference
-from prolong_jax.verifiers.pool import Pool
+from prolong_jax.verifiers.pool import open_pool
 
 EXIT_BAD_INPUT, EXIT_STOPPED = 2, 75  # 75: stopped by a signal after saving; start again to go on
 
@@ -224,7 +224,7 @@ def train(run: RunConfig, workdir: Path) -> int:
     tokenizer = ChatTokenizer(run.model.path)
     refuse_unfit_model(run, model, tokenizer)
     params = jax.device_put(params, param_shardings(mesh, model.shapes()))
-    with Pool(run.verifiers.num_workers, run.verifiers.time_limit_s) as pool:
+    with open_pool(run.verifiers, workdir / "faults.jsonl") as pool:
         pool.check(DOMAINS)
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", to_dict(run))
@@ -282,6 +282,7 @@ def loop(
         if not host.base:
             print(f"scoring the base model on {len(setup.validation)} held-out prompts")
             host.base, row = validate(setup, state, 0, run.validation.final_samples, timer)
+            row |= setup.collector.pool.take_metrics()
             report_row(row, host, timer, begin, writer, view)
             begin = time.monotonic()
 
@@ -303,7 +304,8 @@ def loop(
             score, row = table["all"]["avg_at_k"], row | validation_row
         host.progress = stages.record(host.progress, score)
         refuse_lost_run(host, run, checkpointer)
-        report_row(row | {"reset": decision.reset or None}, host, timer, begin, writer, view)
+        row |= setup.collector.pool.take_metrics() | {"reset": decision.reset or None}
+        report_row(row, host, timer, begin, writer, view)
         shown = sampled[: run.metrics.samples_per_step]
         writer.samples(sample_rows(shown, stage_run.rollout, step))
         if step % run.checkpoint.every == 0 or step >= run.total_steps or stop.requested:

@@ -20,22 +20,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from prolong_jax.verifiers import VERIFIERS, Status, Verdict, error, warm_up
+from prolong_jax.config import VerifierSettings
+from prolong_jax.verifiers import VERIFIERS, Status, Verdict, error, sandbox, warm_up
 from prolong_jax.verifiers.sandbox import kill_group
 
 WARM_UP_LIMIT_S = 120.0
 MAX_REPLY_BYTES = 1 << 20
 MAX_PENDING = 10_000  # items that may wait; `submit` blocks beyond
 REAP_S = 0.05  # for a worker that is dying by itself to be told from one that is killed
-KEPT_SCORINGS = 10_000
+MAX_LOGGED = 1000  # faults that a pool writes to its log
 # No worker can be started, it has died, or it answers nonsense.
 UNUSABLE = (OSError, TypeError, ValueError)
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -71,18 +71,30 @@ class Pool:
       num_workers: processes, >= 1.
       time_limit_s: seconds that one item may run, > 0; keep it above the code verifier's own 5 s.
       memory_limit_mb: address space of a worker in MiB.
+      fault_log: file to which the first 1,000 items with an ERROR are appended, with the reason.
+      sandbox_tier: that of the workers; None: the best that holds here, C never.
     """
 
-    def __init__(self, num_workers: int, time_limit_s: float, memory_limit_mb: int = 4096):
+    def __init__(
+        self,
+        num_workers: int,
+        time_limit_s: float,
+        memory_limit_mb: int = 4096,
+        fault_log: Path | None = None,
+        sandbox_tier: str | None = None,
+    ):
         for name, value in (("num_workers", num_workers), ("time_limit_s", time_limit_s)):
             if value <= 0:
                 raise ValueError(f"verifier pool: expected {name} above 0, got {value}.")
         self._time_limit_s, self._memory_limit_mb = time_limit_s, memory_limit_mb
+        self._tier = sandbox_tier or sandbox.choose_tier()
         self._jobs: queue.Queue[_Job | _WarmUp | None] = queue.Queue(MAX_PENDING)
         self._done: _Done = queue.SimpleQueue()
         self._outstanding = 0
-        self._scorings: dict[str, deque[tuple[Verdict, float]]] = {}
-        self._lock = threading.Lock()  # of the scorings, the workers and the closing
+        self._scorings: dict[str, list[tuple[Verdict, float]]] = {}  # since `take_metrics`
+        self._deepest_queue = 0
+        self._fault_log, self._num_logged = fault_log, 0
+        self._lock = threading.Lock()  # of the scorings, the log, the workers and the closing
         self._closed = False
         self._workers: dict[int, _Worker] = {}
         self._threads = [
@@ -152,12 +164,19 @@ class Pool:
         verdicts = dict(done.get() for _ in range(count))
         return [verdicts[i] for i in range(count)]
 
-    def stats(self) -> dict[str, dict[str, float]]:
-        """Of the last 10,000 items per verifier: count, mean_score (errors left out), timeouts,
-        errors, and the seconds of execution busy_s (total), latency_p50_s and latency_p99_s.
+    def take_metrics(self) -> dict[str, float]:
+        """Metrics since the last call, by verifier.
+
+        `verify/NAME/` count, mean_score (errors left out), timeouts, errors; `time/verify_NAME_`
+        p50_s and p99_s, seconds of execution; and `verify/queue_depth`, the most items that waited.
         """
         with self._lock:
-            return {name: _summary(kept) for name, kept in sorted(self._scorings.items())}
+            scorings, self._scorings = self._scorings, {}
+            depth, self._deepest_queue = self._deepest_queue, 0
+        row: dict[str, float] = {"verify/queue_depth": depth} if scorings else {}
+        for name, done in sorted(scorings.items()):
+            row |= _summary(name, done)
+        return row
 
     def close(self) -> None:
         """Kills the workers and waits for their threads; what was not scored is dropped."""
@@ -191,6 +210,7 @@ class Pool:
             where = f"reference of {item_id!r}"
             raise ValueError(f"{where}: expected JSON values ({problem}).") from None
         self._jobs.put(_Job(item_id, verifier, message, done))
+        self._deepest_queue = max(self._deepest_queue, self._jobs.qsize())
 
     def _supervise(self, index: int) -> None:
         """The life of one thread: feeds its worker until the pool closes."""
@@ -210,21 +230,37 @@ class Pool:
             task.barrier.wait()
 
     def _score(self, index: int, job: _Job) -> None:
-        """Gets and delivers the verdict of one item; discards a worker that is lost."""
+        """Gets and delivers the verdict of one item, from a second worker if the first one dies."""
         start = time.monotonic()
         try:
-            worker = self._worker(index, (job.verifier,))
-            start = time.monotonic()  # the deadline counts from here
-            verdict = worker.ask(job.message, self._time_limit_s)
+            try:
+                verdict = self._ask(index, job)
+            except _DiedError:
+                self._discard(index)
+                verdict = self._ask(index, job)
         except TimeoutError:
             self._discard(index)
             verdict = Verdict(0.0, Status.TIMEOUT, f"killed after {self._time_limit_s:g} s")
         except UNUSABLE as problem:
             verdict = error(f"pool: {problem}{self._discard(index)}")
-        with self._lock:
-            kept = self._scorings.setdefault(job.verifier, deque(maxlen=KEPT_SCORINGS))
-            kept.append((verdict, time.monotonic() - start))
+        self._note(job, verdict, time.monotonic() - start)
         job.done.put((job.item_id, verdict))
+
+    def _ask(self, index: int, job: _Job) -> Verdict:
+        worker = self._worker(index, (job.verifier,))
+        return worker.ask(job.message, self._time_limit_s)  # the deadline counts from here
+
+    def _note(self, job: _Job, verdict: Verdict, busy_s: float) -> None:
+        """Counts a verdict for the metrics; writes a fault with its item to the log."""
+        with self._lock:
+            self._scorings.setdefault(job.verifier, []).append((verdict, busy_s))
+            is_fault = verdict.status == Status.ERROR and not self._closed
+            if not is_fault or self._fault_log is None or self._num_logged >= MAX_LOGGED:
+                return
+            self._num_logged += 1
+            line = json.dumps({"detail": verdict.detail, **json.loads(job.message)})
+            with open(self._fault_log, "a", encoding="utf-8") as log:
+                log.write(line + "\n")
 
     def _worker(self, index: int, verifiers: Iterable[str]) -> "_Worker":
         """The thread's worker with the verifiers loaded; starts one where there is none alive."""
@@ -233,7 +269,7 @@ class Pool:
             self._discard(index)
             with self._lock:
                 self._refuse_if_closed()
-                worker = self._workers[index] = _Worker(self._memory_limit_mb)
+                worker = self._workers[index] = _Worker(self._memory_limit_mb, self._tier)
         for name in verifiers:
             worker.warm_up(name)
         return worker
@@ -245,17 +281,27 @@ class Pool:
         return "" if worker is None else f" [worker: {worker.end()}]"
 
 
-def _summary(scorings: Collection[tuple[Verdict, float]]) -> dict[str, float]:
+def open_pool(settings: VerifierSettings, fault_log: Path | None = None) -> Pool:
+    """The pool of a run; says which tier of the sandbox it uses.
+
+    Raises:
+      ValueError: programs of responses cannot be confined as the settings ask.
+    """
+    tier = sandbox.choose_tier(settings.allow_rlimits_only)
+    print(f"programs of responses run in sandbox tier {tier}: {sandbox.TIERS[tier]}")
+    return Pool(settings.num_workers, settings.time_limit_s, fault_log=fault_log, sandbox_tier=tier)
+
+
+def _summary(name: str, scorings: Sequence[tuple[Verdict, float]]) -> dict[str, float]:
     scores = [verdict.score for verdict, _ in scorings if verdict.status != Status.ERROR]
     seconds = sorted(busy_s for _, busy_s in scorings)
     return {
-        "count": len(scorings),
-        "mean_score": sum(scores) / max(1, len(scores)),
-        "timeouts": sum(verdict.status == Status.TIMEOUT for verdict, _ in scorings),
-        "errors": len(scorings) - len(scores),
-        "busy_s": sum(seconds),
-        "latency_p50_s": seconds[len(seconds) // 2],
-        "latency_p99_s": seconds[int(len(seconds) * 0.99)],
+        f"verify/{name}/count": len(scorings),
+        f"verify/{name}/mean_score": sum(scores) / max(1, len(scores)),
+        f"verify/{name}/timeouts": sum(v.status == Status.TIMEOUT for v, _ in scorings),
+        f"verify/{name}/errors": len(scorings) - len(scores),
+        f"time/verify_{name}_p50_s": seconds[len(seconds) // 2],
+        f"time/verify_{name}_p99_s": seconds[int(len(seconds) * 0.99)],
     }
 
 
@@ -264,13 +310,17 @@ def _refuse_unknown(verifier: str) -> None:
         raise ValueError(f"verifier: expected one of {', '.join(VERIFIERS)}, got {verifier!r}.")
 
 
+class _DiedError(OSError):
+    """A worker ended in the middle of an item, or the pool was closed."""
+
+
 class _Worker:
     """The trainer's end of one worker process."""
 
-    def __init__(self, memory_limit_mb: int):
+    def __init__(self, memory_limit_mb: int, sandbox_tier: str):
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-m", "prolong_jax.verifiers.pool"]
-        command += [str(theirs.fileno()), str(memory_limit_mb), str(os.getpid())]
+        command += [str(theirs.fileno()), str(memory_limit_mb), str(os.getpid()), sandbox_tier]
         self._warm: set[str] = set()  # verifiers that it has loaded
         self._log = tempfile.TemporaryFile()  # what a worker says that fails to start
         with theirs:
@@ -307,7 +357,7 @@ class _Worker:
             in_time = self._connection.poll(limit_s)
             reply = self._connection.recv_bytes(MAX_REPLY_BYTES) if in_time else b""
         except (OSError, EOFError):
-            raise ValueError("the worker died") from None
+            raise _DiedError("the worker died") from None
         if not in_time:
             raise TimeoutError
         score, status, detail = json.loads(reply)
@@ -348,6 +398,7 @@ def _worker_environment() -> dict[str, str]:
 def main() -> None:
     """The worker: answers messages until the other end closes."""
     fd, memory_limit_mb, parent = map(int, sys.argv[1:4])
+    sandbox.use_tier(sys.argv[4])
     _tie_to_parent()
     if os.getppid() != parent:
         return  # it died before it could take us along
@@ -396,13 +447,14 @@ def _tie_to_parent() -> None:
 
 
 def _kill_strays() -> None:
-    """Ends what a program has left behind; orphans fall to the worker, which has no others."""
+    """Ends orphans that a program has left behind: they fall to the worker, beside its zygotes."""
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
     for _ in range(1000):
         pids = children.read_text().split() if children.exists() else []
-        if not pids:
+        strays = set(map(int, pids)) - sandbox.zygote_pids()
+        if not strays:
             return
-        for pid in map(int, pids):
+        for pid in strays:
             with suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)

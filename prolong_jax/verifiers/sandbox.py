@@ -191,7 +191,8 @@ def choose_tier(allow_rlimits_only: bool = False) -> str:
     if tier == "C" and not allow_rlimits_only:
         raise ValueError(
             "sandbox: expected bubblewrap with user namespaces, or landlock and seccomp, got "
-            f"{'; '.join(problems)}: install bubblewrap, or allow rlimits only."
+            f"{'; '.join(problems)}: install bubblewrap, or "
+            "set verifiers.allow_rlimits_only, where programs may do what this user may."
         )
     use_tier(tier)
     return tier
@@ -199,15 +200,16 @@ def choose_tier(allow_rlimits_only: bool = False) -> str:
 
 @cache
 def _best_tier() -> tuple[str, list[str]]:
-    """The tier, and what is wrong with better ones; leaves none in use but a good one."""
+    """The tier, and what is wrong with better ones; leaves no tier in use and no zygote."""
     problems = []
     for tier in ("A", "B"):
         use_tier(tier)
-        if not (problem := self_test()):
+        problem = self_test()
+        close()
+        _chosen.clear()
+        if not problem:
             return tier, problems
         problems.append(f"tier {tier} {problem}")
-    close()
-    _chosen.clear()
     return "C", problems
 
 

@@ -372,7 +372,7 @@ def run_tests(
 def execute(program: types.CodeType, name: str) -> dict[str, Any]:
     """Runs code as a module of that name; what it defined. Only ever in a confined run."""
     module = sys.modules[name] = types.ModuleType(name)
-    builtins.exec(program, module.__dict__)
+    exec(program, module.__dict__)
     return module.__dict__
 
 
