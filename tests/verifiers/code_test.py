@@ -1,5 +1,6 @@
 """Programs of responses: scores, comparison, and what hostile code gains (nothing)."""
 
+import json
 import os
 import subprocess
 import tempfile
@@ -250,3 +251,207 @@ def test_equal_code_runs_once(monkeypatch):
     assert run(body).score == 1.0
     with pytest.raises(TypeError):
         run(body + ", not this")
+
+
+def test_a_limit_on_each_test_fails_that_test_alone():
+    hang = "def f(x):\n    while x == 2: pass\n    return 2 * x"
+    verdict = run(hang, test_time_limit_s=0.5)
+    assert verdict.score == 0.75 and verdict.status == Status.OK
+    script = ("x = input()\nwhile x == '2': pass\nprint(1)", ["2", "1"], ["1", "1"])
+    assert run_script(*script, test_time_limit_s=0.5).score == 0.5
+    verdict = run_script(*script, time_limit_s=0.5)
+    assert verdict.status == Status.TIMEOUT and verdict.score == 0.0
+    start = time.monotonic()
+    verdict = run("while True: pass", test_time_limit_s=60.0, time_limit_s=0.9)
+    assert time.monotonic() - start < 30.0
+    assert verdict.status == Status.TIMEOUT and verdict.score == 0.0
+
+
+def test_special_judge_problems_are_not_scored():
+    verdict = run("def f(x): return 2 * x", special_judge=True)
+    assert verdict.status == Status.ERROR and "special judge" in verdict.detail
+    assert run("def f(x): return 2 * x", special_judge=False).score == 1.0
+
+
+def test_wrapped_outputs_may_be_the_value_itself():
+    wrapped = [[2], [4], [6], [8]]
+    for body in ("def f(x): return 2 * x", "def f(x): return [2 * x]"):
+        assert run(body, outputs=wrapped, wrapped=True).score == 1.0
+    assert run("def f(x): return 2 * x", outputs=wrapped).score == 0.0
+    assert run("def f(x): return x", outputs=wrapped, wrapped=True).score == 0.0
+    assert run("def f(x): return [x, x]", outputs=[[x, x] for x in (1, 2, 3, 4)]).score == 1.0
+
+
+@pytest.mark.parametrize(
+    "raw, reference",
+    [
+        ({"inputs": ["1\n"], "outputs": ["2"]}, {"inputs": ["1\n"], "outputs": ["2"]}),
+        ({"inputs": [["1", "2"]], "outputs": [["3"]]}, {"inputs": ["1\n2"], "outputs": ["3"]}),
+        (
+            {"fn_name": "f", "inputs": ['[1, 2]\n"a"\n'], "outputs": ["[true]"]},
+            {"fn_name": "f", "inputs": [[[1, 2], "a"]], "outputs": [[True]], "wrapped": False},
+        ),
+        (
+            {"fn_name": "f", "inputs": [[1], []], "outputs": [[True], [False]]},
+            {"fn_name": "f", "inputs": [[1], []], "outputs": [[True], [False]], "wrapped": True},
+        ),
+        (
+            {"fn_name": "", "inputs": ["é"], "outputs": [""], "other": 1},
+            {"inputs": ["é"], "outputs": [""]},
+        ),
+    ],
+)
+def test_raw_tests_become_references(raw, reference):
+    assert code.normalise(raw) == reference
+
+
+@pytest.mark.parametrize(
+    "raw, problem",
+    [
+        ({}, "lists of inputs"),
+        ({"inputs": None, "outputs": ["1"]}, "lists of inputs"),
+        ({"inputs": [], "outputs": []}, "as many outputs"),
+        ({"inputs": ["1", "2"], "outputs": ["1"]}, "as many outputs"),
+        ({"inputs": [1.0], "outputs": ["1"]}, "texts"),
+        ({"inputs": [["1", 2]], "outputs": ["1"]}, "texts"),
+        ({"fn_name": "f", "inputs": ["[1"], "outputs": ["1"]}, "JSON"),
+        ({"fn_name": "f", "inputs": ["1"], "outputs": ["["]}, "JSON"),
+        ({"fn_name": "f", "inputs": [3], "outputs": ["1"]}, "list of arguments"),
+        ({"fn_name": "f", "inputs": ["[" * 100_000], "outputs": ["1"]}, "JSON"),
+    ],
+)
+def test_raw_tests_that_cannot_be_used_are_refused(raw, problem):
+    with pytest.raises(ValueError, match=problem):
+        code.normalise(raw)
+
+
+def check(asserts: str, body: str, entry_point: str | None = None):
+    reference = json.loads(json.dumps(code.from_asserts(asserts, entry_point)))
+    assert "hackable" not in reference, reference
+    return code.verify(f"```python\n{body}\n```", reference)
+
+
+@pytest.mark.parametrize(
+    "test, right, wrong",
+    [
+        ("f((1, 2)) == (1, 2)", "x", "list(x)"),
+        ("f((1, 2)) == [1, 2]", "list(x)", "x"),
+        ("f([2, 1, 3]) == {3, 1, 2}", "set(x)", "x"),
+        ("set(f([2, 1])) == set([1, 2])", "x", "[1]"),
+        ("f({1: 'a', (2,): None}) == {(2,): None, 1: 'a'}", "x", "{'1': 'a', (2,): None}"),
+        ("f(1) == {'a': 1}", "__import__('collections').Counter('a')", "{'a': 2}"),
+        ("f(1) == 2", "2.0", "3"),
+        ("f(1) == True", "1", "2"),
+        ("f(1) == 0.3", "0.1 + 0.2", "0.301"),
+        ("f(1) == 1e-07", "1.00000001e-07", "2e-07"),
+        ("f(1) == 1e16", "10**16", "2 * 10**16"),
+        ("f('bcade') == {'a', 'b', 'c', 'd', 'e'}", "set(x)", "set(x[1:])"),
+        ("f(1) == 1 + 2j", "1 + 2j", "1 + 3j"),
+        ("f(1) == b'a b'", "b'a b'", "'a b'"),
+        ("f(1) == 'a  b'", "'a  b'", "'a b'"),
+        ("f(1) == '1.5'", "'1.5'", "1.5"),
+        ("f(1) == 'x 1.50'", "'x 1.50'", "'x 1.5'"),
+        ("f(1) == ')'", "')'", "''"),
+        ("f(1) == 10**20", None, None),
+        ("f(1) == 100000000000000000001", "10**20 + 1", "10**20"),
+        ("f(1) is True", "True", "1"),
+        ("f(1) is None", "None", "0"),
+        ("f(1)", "[0]", "[]"),
+        ("not f(1)", "''", "'a'"),
+        ("abs(f(1) - 3.14) < 0.01", "3.1416", "3.2"),
+        ("abs(f(1) - 3) < 1e-3", "3.0001", "3.01"),
+        ("math.isclose(f(1), 100.0, rel_tol=0.01)", "100.5", "102"),
+        ("f(1) == []", "[]", "()"),
+        ("f(1) == float('nan')", None, None),
+        ("f(f(1)) == f(1)", None, None),
+        ("f(1) == g(1)", None, None),
+        ("f(1) in (1, 2)", None, None),
+        ("same(f(1), 2)", None, None),
+        ("f(1) == 1 and f(2) == 2", None, None),
+    ],
+)
+def test_asserts_are_taken_apart(test, right, wrong):
+    if right is None:
+        reference = code.from_asserts(f"assert {test}", None)
+        assert reference == {"asserts": f"assert {test}", "hackable": True}
+        return
+    assert check(f"assert {test}", f"def f(x): return {right}").score == 1.0
+    verdict = check(f"assert {test}", f"def f(x): return {wrong}")
+    assert verdict.score == 0.0 and verdict.status == Status.OK
+
+
+def test_the_widest_tolerance_counts_for_all_asserts():
+    tests = "assert f(1) == 1.0\nassert abs(f(2) - 2.0) < 0.1"
+    assert check(tests, "def f(x): return x + (x > 1) * 0.05").score == 1.0
+    assert check(tests, "def f(x): return x + (x > 1) * 0.15").score == 0.5
+
+
+def test_a_check_function_and_its_setup():
+    tests = (
+        "import math\nMETADATA = {'a': 1}\ndef twice(x): return 2 * x\n\ndef check(candidate):\n"
+    )
+    tests += (
+        "    '''Doc'''\n    low = [1, 2]\n    assert candidate(low) == 3, 'message'\n    print\n"
+    )
+    tests += "    assert True\n    assert candidate([twice(4)]) == 8\n    assert f(low) == candidate(low)"
+    assert check(tests, "def f(x): return sum(x)", "f").score == 1.0
+    assert check(tests, "def f(x): return 3", "f").score == 0.5  # of two: one checks itself
+    assert check(tests, "def g(x): return sum(x)", "f").score == 0.0
+    with pytest.raises(ValueError, match="entry point"):
+        code.from_asserts(tests, None)
+    late = "def check(f):\n    assert f(1) == 1\n    x = 2\n    assert f(x) == 2\n"
+    assert "hackable" in code.from_asserts(late, "f")
+
+
+@pytest.mark.parametrize("source", ["assert f(1) ==", "x = 1", "", "assert 1\0", "(" * 10_000])
+def test_tests_that_are_none_are_refused(source):
+    with pytest.raises(ValueError, match="asserts: expected"):
+        code.from_asserts(source, None)
+
+
+def test_a_table_of_inputs_and_results():
+    tests = "import numpy as np\ndef assertion(out, exp, atol):\n    assert out == exp\n"
+    tests += "def check(candidate):\n    inputs = [[1, 2], [3, 4.0]]\n    results = [3, 7.0]\n"
+    tests += "    for i, (inp, exp) in enumerate(zip(inputs, results)):\n"
+    tests += "        assertion(candidate(*inp), exp, 0)\n"
+    assert check(tests, "def add(x, y): return x + y", "add").score == 1.0
+    assert check(tests, "def add(x, y): return x + y + (x > 1) * 1e-7", "add").score == 1.0
+    assert check(tests, "def add(x, y): return x + y + (x > 1) * 1e-3", "add").score == 0.5
+    loose = check(tests.replace("exp, 0)", "exp, 0.1)"), "def add(x, y): return x + y + .01", "add")
+    assert loose.score == 1.0
+
+
+def test_names_of_the_response_do_not_disturb_expressions():
+    names = ["list", "str", "isinstance", "ascii", "eval", "compile", "globals", "map", "exec"]
+    body = "".join(f"{name} = 1\n" for name in names) + "def f(x): return [x, 'a']"
+    assert check("assert f(1) == [1, 'a']", body).score == 1.0
+
+
+def test_expected_values_of_asserts_never_reach_the_child():
+    body = "import sys\ndef f(x):\n    frame, seen = sys._getframe(), ''\n    while frame:\n"
+    body += "        seen += repr(frame.f_locals) + repr(frame.f_globals)\n"
+    body += "        frame = frame.f_back\n    return 'secret-' + '4711' in seen"
+    tests = "assert f('secret') == 'secret-4711'\nassert f('secret') is False"
+    assert check(tests, body).score == 0.5
+    asserts = code.from_asserts("assert f(1) in ('secret-4711', True)", None)
+    assert code.verify(f"```python\n{body}\n```", asserts).score == 1.0  # hackable indeed
+
+
+def test_asserts_that_cannot_be_taken_apart_run_beside_the_code():
+    tests = "def check(g):\n    for x in range(9):\n        assert g(x) == 2 * x\n"
+    reference = code.from_asserts(tests, "f")
+    assert reference["hackable"] and "check(f)" in reference["asserts"]
+    for body, score in [("return 2 * x", 1.0), ("return x", 0.0), ("raise ValueError", 0.0)]:
+        assert code.verify(f"```python\ndef f(x): {body}\n```", reference).score == score
+    hang = code.verify(
+        "```python\ndef f(x):\n  while 1: pass\n```", {**reference, "time_limit_s": 0.5}
+    )
+    assert hang.status == Status.TIMEOUT
+
+
+@pytest.mark.parametrize("forged", ["None", "7", "'list('", "'1.5.2'", "'nan'", "[1]", "'[' * 99"])
+def test_what_the_child_sends_instead_of_tokens_scores_zero(forged):
+    body = "import builtins\nold = builtins.exec\ndef f(x): return 1\ndef forge(source, space):\n"
+    body += f"    space['evaluate'] = lambda text, mode: {forged}\nbuiltins.exec = forge"
+    verdict = check("assert f(1) == [1.5]", body)
+    assert verdict.score == 0.0 and verdict.status == Status.OK
