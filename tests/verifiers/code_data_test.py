@@ -97,7 +97,9 @@ class Returns(ast.NodeTransformer):
         return node
 
     def visit_Return(self, node: ast.Return) -> ast.stmt:
-        return ast.parse("return " + self.text.format(ast.unparse(node.value or ast.Constant(None)))).body[0]
+        return ast.parse(
+            "return " + self.text.format(ast.unparse(node.value or ast.Constant(None)))
+        ).body[0]
 
 
 def mutants(program: str, entry_point: str) -> dict[str, str]:
