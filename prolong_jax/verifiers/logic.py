@@ -1,21 +1,27 @@
 """Logic puzzles: the scorers of reasoning_gym on the last `<answer>` block; continuous.
 
 Extraction: `<answer>...</answer>` blocks are read from left to right in the final answer text; the
-last complete one counts. Some scorers evaluate the answer as Python or sympy text, so an answer to
-those is refused when it holds anything but a plain expression; still, this runs only inside a
-worker of the pool, which kills what hangs.
+last complete one counts.
+
+Some of the library's scorers evaluate the answer, pay for anything, or take long over it. The tables
+below say task by task what is done about it and why; every other task is scored by the library as
+it is. `score_answer` gets the answer in a confined process with a time limit.
 
 A scorer that raises on the answer gives score 0. It is an ERROR, ours, if it raises on the
 reference's own answer too.
 """
 
+import ast
+import json
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
-from prolong_jax.verifiers import Verdict, error, final_answer_text
+from prolong_jax.verifiers import Status, Verdict, error, final_answer_text
 
 PROMPT_SUFFIX = (
     "Let's think step by step and provide the answer in the following format:\n"
@@ -26,19 +32,13 @@ PROMPT_SUFFIX = (
 )
 _EXAMPLE_ENTRY = {"question": "State the final answer to: 1 + 1 =", "answer": "2", "metadata": {}}
 EXAMPLE = ("</think><answer>2</answer>", {"task": "chain_sum", "entry": _EXAMPLE_ENTRY})
-
-# These scorers run the answer through eval or sympy's parse_expr.
-EVALUATING = frozenset(
-    "countdown puzzle24 simple_integration intermediate_integration polynomial_multiplication "
-    "n_queens string_insertion spiral_matrix binary_matrix".split()
-)
-REFUSED = {
-    "game_of_life_halting": "its scorer pays full marks for any text",
-    "puzzle24": "its scorer does not check which numbers are used",
+PRELOAD = ("reasoning_gym",)  # modules that a confined process should find loaded
+_OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
 }
-_FUNCTIONS = frozenset("sin cos tan asin acos atan sinh cosh tanh exp log ln sqrt Abs".split())
-_ATTRIBUTE = re.compile(r"[\w)\]'\"]\s*+\.\s*+[A-Za-z_]")
-_WORD = re.compile(r"[^\W\d]\w*+")
 
 
 def last_answer(text: str) -> str | None:
@@ -54,64 +54,183 @@ def last_answer(text: str) -> str | None:
 
 
 def verify(response: str, reference: Mapping[str, Any]) -> Verdict:
-    """The score that the task's own scorer gives, clipped to [0, 1].
+    """The score of the last `<answer>` block for the entry of a task.
 
-    Status ERROR for an unknown or refused task and for an entry that its scorer cannot read.
+    Args:
+      response: any text.
+      reference: {"task": name in reasoning_gym, "entry": an item of it, as JSON}.
+
+    Returns:
+      A score in [0, 1]; ERROR for an unknown or excluded task and an entry that cannot be read.
     """
     task, entry = reference.get("task"), reference.get("entry")
     if not isinstance(task, str) or not isinstance(entry, Mapping):
         return error("logic: expected a task name and an entry in the reference")
     if "answer" not in entry or not isinstance(entry.get("metadata"), Mapping):
         return error("logic: expected an entry with an answer and metadata")
-    if task in REFUSED:
-        return error(f"logic: task {task} is refused: {REFUSED[task]}")
-    try:
-        scorer = _scorer(task)
-    except ValueError as problem:
-        return error(f"logic: {problem}")
+    if task in EXCLUDED:
+        return error(f"logic: task {task} is excluded: {EXCLUDED[task]}")
     answer = last_answer(final_answer_text(response))
     if answer is None:
         return Verdict(0.0, detail="no complete <answer> block")
-    if task in EVALUATING and is_program(answer):
-        return Verdict(0.0, detail="refused: more than a plain expression")
-    return _score(scorer, answer, dict(entry))
+    verdict = _scored(task, answer, entry)
+    if verdict.status == Status.ERROR:
+        if _scored(task, entry["answer"], entry).status != Status.ERROR:
+            return Verdict(0.0, detail=verdict.detail)
+    return verdict
 
 
-def is_program(answer: str) -> bool:
-    """Whether an answer is more than plain mathematics, digits, words and lists.
+def _scored(task: str, answer: str, entry: Mapping[str, Any]) -> Verdict:
+    """The verdict of `score_answer`; ERROR if it raises."""
+    try:
+        return Verdict(score_answer(task, answer, json.loads(json.dumps(entry))))
+    except Exception as problem:  # whatever a scorer does with junk
+        return error(f"logic: {type(problem).__name__}: {str(problem)[:200]}")
 
-    Refused: a dunder, a colon (lambda, walrus), a brace (format strings), attribute access, and
-    any word beside round brackets other than a one-letter name or an elementary function.
+
+def score_answer(task: str, answer: str, entry: dict[str, Any]) -> float:
+    """The score in [0, 1] of an answer, by the tables of this module and the library's scorer.
+
+    May hang and may raise anything: call it in a process that can be killed.
     """
-    if "__" in answer or ":" in answer or "{" in answer or _ATTRIBUTE.search(answer):
-        return True
-    words = {word for word in _WORD.findall(answer) if len(word) > 1}
-    return "(" in answer and not words <= _FUNCTIONS
+    if task in GUARDED and not GUARDED[task][0].fullmatch(answer):
+        return 0.0
+    scorer = REIMPLEMENTED[task][0] if task in REIMPLEMENTED else _library_scorer(task)
+    score = float(scorer(answer, entry))
+    if math.isnan(score):
+        raise ValueError("the scorer gave no number")
+    floor, _ = FLOORS.get(task, (0.0, ""))
+    return min(1.0, score) if score > floor else 0.0
 
 
 @cache
-def _scorer(task: str) -> Callable[..., Any]:
+def _library_scorer(task: str) -> Callable[..., Any]:
     import reasoning_gym
 
     return reasoning_gym.get_score_answer_fn(task)
 
 
-def _score(scorer: Callable[..., Any], answer: str, entry: dict[str, Any]) -> Verdict:
-    try:
-        score = scorer(answer, entry)
-    except Exception as problem:  # whatever a scorer does with junk
-        return _after_exception(scorer, entry, problem)
-    if not isinstance(score, (int, float)) or math.isnan(score):
-        return error(f"logic: the scorer returned {score!r}")
-    return Verdict(min(1.0, max(0.0, float(score))))
+def _same_text(answer: str, entry: Mapping[str, Any]) -> bool:
+    return answer in entry["metadata"].get("valid_answers", [entry["answer"].strip()])
 
 
-def _after_exception(
-    scorer: Callable[..., Any], entry: dict[str, Any], problem: Exception
-) -> Verdict:
-    detail = f"scorer raised {type(problem).__name__}: {str(problem)[:200]}"
-    try:
-        scorer(entry["answer"], entry)
-    except Exception:  # the entry is broken, not the answer
-        return error(f"logic: {detail}, on the entry's own answer too")
-    return Verdict(0.0, detail=detail)
+def _same_board(answer: str, entry: Mapping[str, Any]) -> bool:
+    ours, gold = ([row.split() for row in text.splitlines()] for text in (answer, entry["answer"]))
+    return ours == gold
+
+
+def _live_cells(answer: str, entry: Mapping[str, Any]) -> float:
+    """1 for equal boards, else 0.9 times the live cells of both over the live cells of either."""
+    ours, gold = json.loads(answer), json.loads(entry["answer"])
+    if ours == gold:
+        return 1.0
+    ours, gold = (
+        {(i, j) for i, row in enumerate(board) for j, cell in enumerate(row) if cell}
+        for board in (ours, gold)
+    )
+    return 0.9 * len(ours & gold) / max(1, len(ours | gold))
+
+
+def _near_fraction(answer: str, entry: Mapping[str, Any]) -> bool:
+    ours, gold = (Fraction(text.replace(",", "")) for text in (answer, entry["answer"]))
+    return abs(ours - gold) <= Fraction(1, 10_000)
+
+
+def _makes_24(answer: str, entry: Mapping[str, Any]) -> bool:
+    return _arithmetic(answer, entry["metadata"]["numbers"]) == 24
+
+
+def _makes_target(answer: str, entry: Mapping[str, Any]) -> bool:
+    return _arithmetic(answer, entry["metadata"]["numbers"]) == entry["metadata"]["target"]
+
+
+def _arithmetic(text: str, numbers: list[int]) -> Fraction | None:
+    """The value of an expression of + - * / over exactly these whole numbers; None with others.
+
+    Raises:
+      ValueError, SyntaxError, ArithmeticError, RecursionError: anything else.
+    """
+    tree = ast.parse(text, mode="eval")
+    used: list[Any] = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    value = _value(tree.body)
+    return value if sorted(used) == sorted(numbers) else None
+
+
+def _value(node: ast.expr) -> Fraction:
+    match node:
+        case ast.Constant(value=number) if type(number) is int:
+            return Fraction(number)
+        case ast.UnaryOp(op=ast.USub(), operand=inner):
+            return -_value(inner)
+        case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _OPERATORS:
+            return _OPERATORS[type(sign)](_value(left), _value(right))
+    raise ValueError("more than arithmetic")
+
+
+EXCLUDED = {"composite": "it is a container of other tasks, which are named themselves"}
+
+# An answer that does not match as a whole scores 0.
+_FORMULA = re.compile(
+    r"(?:[\d\s.+\-*/()]|\b(?:[A-Za-z](?!\s*\()|pi|exp|log|ln|sqrt|Abs|a?(?:sin|cos|tan)h?)\b)*"
+)
+_NO_NAN = re.compile(r"[^nN]*")
+_SYMPY = "its scorer runs the answer as Python with sympy, which solves the task or forges equality"
+GUARDED = {
+    "simple_integration": (_FORMULA, _SYMPY),
+    "intermediate_integration": (_FORMULA, _SYMPY),
+    "polynomial_multiplication": (_FORMULA, _SYMPY),
+    "complex_arithmetic": (_NO_NAN, "its scorer pays full marks for the number nan"),
+    "number_sorting": (_NO_NAN, "its scorer pays full marks for a list of NaN"),
+}
+
+_EVAL = (
+    "its scorer runs the answer as Python, for a tenth to half of the marks; the text has to match"
+)
+_JSON = "its scorer compares with tuples, which JSON makes lists, and pays 0.05 for any board"
+REIMPLEMENTED = {
+    "arc_agi": (_same_board, _JSON),
+    "rearc": (_same_board, _JSON),
+    "binary_matrix": (_same_text, _EVAL),
+    "n_queens": (_same_text, _EVAL),
+    "spiral_matrix": (_same_text, _EVAL),
+    "string_insertion": (_same_text, _EVAL),
+    "game_of_life_halting": (_same_text, "its scorer pays full marks for any text"),
+    "game_of_life": (_live_cells, "its scorer pays 0.9 for an empty board, as most cells are dead"),
+    "coin_flip": (_near_fraction, "its scorer pays full marks for a first digit that is right"),
+    "countdown": (_makes_target, "its scorer runs the answer as Python and pays 0.05 for a number"),
+    "puzzle24": (_makes_24, "its scorer runs the answer as Python, and any four numbers will do"),
+}
+
+# Scores up to the number are 0.
+_ANY = "pays 0.01 for any text"
+_FORM = "pays 0.01 for any answer of the right form"
+FLOORS = {
+    "advanced_geometry": (0.05, "pays 0.01 for any text and 0.05 for any number"),
+    "boxnet": (0.05, "pays 0.05 for an empty plan"),
+    "calendar_arithmetic": (0.1, "pays 0.1 for any weekday"),
+    "codeio": (0.01, _FORM),
+    "color_cube_rotation": (0.01, _ANY),
+    "cryptarithm": (0.01, _FORM),
+    "emoji_mystery": (0.01, _ANY),
+    "figlet_font": (0.3, "pays 0.1 for each letter that happens to be in its place"),
+    "fraction_simplification": (0.1, "pays 0.01 for any text and 0.1 for the fraction as it was"),
+    "graph_color": (0.01, _FORM),
+    "group_anagrams": (0.01, _FORM),
+    "gsm_symbolic": (0.01, _FORM),
+    "jugs": (0.01, _FORM),
+    "knight_swap": (0.05, "pays 0.05 for no moves"),
+    "palindrome_generation": (0.05, "pays 0.02 for any text and 0.05 for a single letter"),
+    "pool_matrix": (0.1, "pays 0.1 for any matrix of the right size"),
+    "power_function": (0.01, _ANY),
+    "prime_factorization": (0.5, "pays 0.5 for the number itself"),
+    "propositional_logic": (0.25, "pays 0.05 for any formula and 0.25 for a tautology or a word"),
+    "rubiks_cube": (
+        0.95,
+        "pays for every sticker in place after any move, though none was put there",
+    ),
+    "rush_hour": (0.01, _ANY),
+    "sentence_reordering": (0.05, "pays 0.05 for any text"),
+    "tower_of_hanoi": (0.05, "pays 0.05 for a single move"),
+    "tsumego": (0.05, "pays 0.01 for any text and 0.05 for any point"),
+    "word_sorting": (0.2, "pays 0.2 for the words as they were"),
+}
