@@ -21,7 +21,7 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
-from prolong_jax.verifiers import Status, Verdict, error, final_answer_text
+from prolong_jax.verifiers import Status, Verdict, error, final_answer_text, sandbox
 
 PROMPT_SUFFIX = (
     "Let's think step by step and provide the answer in the following format:\n"
@@ -31,6 +31,7 @@ PROMPT_SUFFIX = (
     "in that example."
 )
 _EXAMPLE_ENTRY = {"question": "State the final answer to: 1 + 1 =", "answer": "2", "metadata": {}}
+TIME_LIMIT_S = 5.0  # of a scorer
 EXAMPLE = ("</think><answer>2</answer>", {"task": "chain_sum", "entry": _EXAMPLE_ENTRY})
 PRELOAD = ("reasoning_gym",)  # modules that a confined process should find loaded
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
@@ -81,11 +82,14 @@ def verify(response: str, reference: Mapping[str, Any]) -> Verdict:
 
 
 def _scored(task: str, answer: str, entry: Mapping[str, Any]) -> Verdict:
-    """The verdict of `score_answer`; ERROR if it raises."""
-    try:
-        return Verdict(score_answer(task, answer, json.loads(json.dumps(entry))))
-    except Exception as problem:  # whatever a scorer does with junk
-        return error(f"logic: {type(problem).__name__}: {str(problem)[:200]}")
+    """The verdict of `score_answer` in the sandbox; ERROR if it raises."""
+    arguments = [task, answer, dict(entry)]
+    outcome = sandbox.call(f"{__name__}:score_answer", arguments, TIME_LIMIT_S)
+    if outcome.timed_out:
+        return Verdict(0.0, Status.TIMEOUT, f"the scorer took more than {TIME_LIMIT_S:g} s")
+    if outcome.raised is not None:
+        return error(f"logic: {': '.join(outcome.raised)[:200]}")
+    return error(f"logic: {outcome.failed}") if outcome.failed else Verdict(outcome.value)
 
 
 def score_answer(task: str, answer: str, entry: dict[str, Any]) -> float:
