@@ -371,17 +371,21 @@ _OPTIONS = "-s -P -S -B -X utf8".split()  # without the folders of the user and 
 
 
 def _command(tier: str, module: str) -> list[str]:
-    """How a zygote starts: the bare interpreter; for a module with site-packages and with us."""
-    package = Path(__file__).parents[1]
-    sites = [path for path in sys.path if path.endswith(("/site-packages", "/dist-packages"))]
-    settings = {
-        "tier": tier,
-        "uid": os.getuid(),
-        "options": _OPTIONS,
-        "modules": [module] if module else PROGRAM_MODULES,
-        "sys_path": [str(package.parent), *sites] if module else [],
-        "paths": [sys.base_prefix, *([str(package), *sites] if module else [])],
-    }
+    """How a zygote starts: the bare interpreter; for a module with site-packages and with us.
+
+    In tier A these get places of their own, since each run covers /tmp, where they may lie.
+    """
+    package, paths, folders = Path(__file__).parents[1], {sys.base_prefix: sys.base_prefix}, []
+    if module:
+        sites = [path for path in sys.path if path.endswith(("/site-packages", "/dist-packages"))]
+        folders = [str(package.parent), *sites]
+        places = [f"/site/{i}" for i in range(len(folders))]
+        paths |= dict(
+            zip([str(package), *sites], [f"/site/0/{package.name}", *places[1:]], strict=True)
+        )
+        folders = places if tier == "A" else folders
+    settings = {"tier": tier, "uid": os.getuid(), "options": _OPTIONS, "paths": paths}
+    settings |= {"modules": [module] if module else PROGRAM_MODULES, "sys_path": folders}
     file = str(package / "verifiers" / "sandbox_zygote.py")
     return [os.path.realpath(sys.executable), *_OPTIONS, file, json.dumps(settings)]
 

@@ -147,17 +147,18 @@ def take_own_uid() -> None:
 
 
 def become_bubblewrap(settings: dict[str, Any]) -> None:
-    """A root of libraries, four devices and an empty /tmp, which each run covers with its own."""
+    """A root of libraries, four devices and a /tmp, which each run covers with its own."""
     command = "bwrap --die-with-parent --as-pid-1 --unshare-all --unshare-user".split()
     command += ["--cap-add", "CAP_SYS_ADMIN"]  # in its own user namespace, until a run starts
     for path in SYSTEM:
         command += ["--ro-bind-try", path, path]
-    for path in sorted(settings["paths"]):
-        command += ["--ro-bind", path, path]
+    command += "--size 67108864 --tmpfs /tmp --dir /empty".split()
+    for path, place in sorted(settings["paths"].items()):
+        command += ["--ro-bind", path, place]
     for path in DEVICES:
         command += ["--dev-bind", path, path]
     command += ["--ro-bind", __file__, "/zygote.py", "--symlink", "../tmp", "/dev/shm"]
-    command += "--dir /tmp --dir /empty --remount-ro / --chdir /empty".split()
+    command += "--remount-ro / --chdir /empty".split()
     command += [sys.executable, *settings["options"], "/zygote.py"]
     os.execvp("bwrap", [*command, json.dumps({**settings, "inside": True})])
 

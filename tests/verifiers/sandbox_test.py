@@ -121,6 +121,8 @@ def test_calls(tier):
     assert call("builtins:eval", ["1 + 1"], 20.0) == sandbox.Outcome(2)
     text = "prolong_jax.verifiers.logic:last_answer"
     assert call(text, ["<answer>é\n3</answer>"], 20.0).value == "é\n3"
+    late = "__import__('prolong_jax.verifiers.stem').__name__"  # found in the run as well
+    assert call("builtins:eval", [late], 20.0).value == "prolong_jax"
     assert call("builtins:eval", ["1 / 0"], 20.0).raised == (
         "ZeroDivisionError",
         "division by zero",
