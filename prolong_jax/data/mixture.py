@@ -1,10 +1,22 @@
-"""Which prompt comes next: a pure function of (seed, position), resumable by the position alone."""
+"""Which prompt comes next: pure functions of a seed and a position of a few integers.
+
+The embedded tasks are drawn by `prompt_at`. Data sets are streams, functions from a count of
+earlier draws to a prompt; `draw` picks among streams by weight. Every process computes the same
+global order and takes its own share of it, so a run can go on with another number of processes.
+"""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 from prolong_jax.data.procedural import make_prompt
-from prolong_jax.data.prompts import Prompt
+from prolong_jax.data.prompts import Prompt, Skipped
+from prolong_jax.data.readers import SourceSettings, read, rows_of
+
+Stream = Callable[[int], Prompt]
+PassRates = Mapping[str, tuple[float, int]]  # prompt id: sum of rewards, number of them
+MAX_PASSED_OVER = 1000  # prompts of unwanted difficulty in a row, then one is taken all the same
 
 
 def prompt_at(
@@ -22,3 +34,160 @@ def prompt_at(
     domain = rng.choices(list(mixture), list(mixture.values()))[0]
     level = rng.choices(list(levels), list(levels.values()))[0]
     return make_prompt(domain, level, "train", seed, position)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the data stands: all that a checkpoint keeps of it."""
+
+    drawn: int = 0  # prompts, by all processes
+    cursors: Mapping[str, int] = field(default_factory=dict)  # draws from each source
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def load(
+    name: str,
+    settings: SourceSettings,
+    num_tokens: Callable[[Prompt], int],
+    max_tokens: int,
+    strict: bool = False,
+) -> Iterator[Prompt | Skipped]:
+    """The prompts of a source that a run can train on, and what was skipped.
+
+    Args:
+      name: of the source.
+      settings: of the source.
+      num_tokens: length of a prompt as the model reads it.
+      max_tokens: longer prompts are skipped.
+      strict: stop at the first bad row.
+
+    Raises:
+      ValueError: what `read` refuses; in strict mode the first bad row.
+    """
+    low, high = settings.min_pass_rate, settings.max_pass_rate
+    recorded = [row for _, row in rows_of(settings.pass_rates)] if settings.pass_rates else []
+    rates = {str(row["id"]): float(row["pass_rate"]) for row in recorded}
+    for item in read(name, settings):
+        if isinstance(item, Prompt):
+            if not low <= rates.get(item.id, low) <= high:
+                item = Skipped("pass rate out of range", item.id, is_bad=False)
+            elif "asserts" in item.reference:
+                item = Skipped("tests for evaluation only", item.id)
+            elif (length := num_tokens(item)) > max_tokens:
+                item = Skipped("prompt too long", item.id, f"{length} tokens")
+        if strict and isinstance(item, Skipped) and item.is_bad:
+            raise ValueError(
+                f"data: row {item.where} of source {name!r} cannot be used: {item.reason} "
+                f"({item.detail}); mend it or turn strict off."
+            )
+        yield item
+
+
+def stream_of(prompts: Sequence[Prompt], name: str, seed: int) -> Stream:
+    """The endless stream of a data set, in a new order in every epoch.
+
+    Raises:
+      ValueError: no prompts.
+    """
+    if not prompts:
+        raise ValueError(
+            f"data: source {name!r} has no usable prompt; python -m prolong_jax.data says why."
+        )
+
+    @lru_cache(maxsize=1)
+    def order(epoch: int) -> list[int]:
+        return random.Random(f"{seed}/{name}/{epoch}").sample(range(len(prompts)), len(prompts))
+
+    def at(cursor: int) -> Prompt:
+        epoch, index = divmod(cursor, len(prompts))
+        return prompts[order(epoch)[index]]
+
+    return at
+
+
+# --- drawing -------------------------------------------------------------------------------------
+
+
+def source_weights(
+    mixture: Mapping[str, float], sources: Mapping[str, tuple[str, float]]
+) -> dict[str, float]:
+    """The weight of each source. The mixture names sources, or domains that their sources share.
+
+    Args:
+      mixture: weights of sources and domains; what it does not name is not drawn.
+      sources: domain and weight of each source.
+
+    Raises:
+      ValueError: a name that is neither, or a domain whose sources are all named themselves.
+    """
+    weights = {name: mixture[name] for name in sources if name in mixture}
+    for domain in [name for name in mixture if name not in sources]:
+        shares = {
+            name: w for name, (of, w) in sources.items() if of == domain and name not in mixture
+        }
+        total = sum(shares.values())
+        if total <= 0:
+            raise ValueError(
+                f"mixture: expected sources ({', '.join(sources)}) or domains that have sources, "
+                f"got {domain!r}; mend its name or add a source."
+            )
+        weights |= {name: mixture[domain] * share / total for name, share in shares.items()}
+    return weights
+
+
+def draw(
+    position: Position,
+    count: int,
+    streams: Mapping[str, Stream],
+    weights: Mapping[str, float],
+    seed: int,
+    is_wanted: Callable[[str], bool] = lambda prompt_id: True,
+    process: tuple[int, int] = (0, 1),
+) -> tuple[list[Prompt], Position]:
+    """The next `count` prompts of the global order, and the position behind them.
+
+    The source of draw number n depends on (seed, n) and the weights alone, its prompt on the
+    source's own cursor.
+
+    Args:
+      position: where the data stands; the same on all processes.
+      count: prompts for all processes together.
+      streams: by source.
+      weights: by source; may change between calls.
+      seed: of the run.
+      is_wanted: by prompt id, the same on all processes; others are passed over.
+      process: index and number; this process gets every number-th prompt.
+
+    Returns:
+      This process's prompts, and the new position.
+    """
+    names, cursors, mine = sorted(weights), dict(position.cursors), []
+    index, number = process
+    for drawn in range(position.drawn, position.drawn + count):
+        rng = random.Random(f"source/{seed}/{drawn}")
+        name = rng.choices(names, [weights[name] for name in names])[0]
+        start = cursors.get(name, 0)
+        for cursor in range(start, start + MAX_PASSED_OVER):
+            prompt = streams[name](cursor)
+            if is_wanted(prompt.id):
+                break
+        cursors[name] = cursor + 1
+        mine += [prompt] if drawn % number == index else []
+    return mine, Position(position.drawn + count, cursors)
+
+
+# --- difficulty ----------------------------------------------------------------------------------
+
+
+def record(rates: PassRates, prompt_id: str, rewards: Sequence[float]) -> PassRates:
+    """The statistics with the rewards of one group added."""
+    total, count = rates.get(prompt_id, (0.0, 0))
+    return {**rates, prompt_id: (total + sum(rewards), count + len(rewards))}
+
+
+def is_within(rates: PassRates, prompt_id: str, low: float, high: float, min_count: int) -> bool:
+    """Whether a prompt's mean reward lies in [low, high], or is known from too few samples."""
+    total, count = rates.get(prompt_id, (0.0, 0))
+    return count < max(1, min_count) or low <= total / count <= high

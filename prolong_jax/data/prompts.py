@@ -1,4 +1,4 @@
-"""The prompt record that every data source is turned into."""
+"""The prompt record that every data source is turned into, and what stands for a bad row."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,3 +16,22 @@ class Prompt:
     messages: tuple[Mapping[str, str], ...]  # chat messages {"role", "content"}
     reference: Mapping[str, Any]  # what the verifier needs, JSON-able
     source: str  # data set or generator
+    solution: str = ""  # a right program, where the data set has one; read for checks only
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that gives no prompt."""
+
+    reason: str  # a few words, the same for all rows with this fault
+    where: str  # file and row number, from 0
+    detail: str = ""
+    is_bad: bool = True  # False: left out because the settings say so
+
+
+class BadRow(ValueError):
+    """Raised by a format for a row that cannot be used."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
