@@ -36,10 +36,9 @@ _ANSWERS = ("answer", "final_answer", "expected_answer", "ground_truth", "extrac
 
 def ask(domain: str, prompt: Any, reference: Row, source: Any = "", solution: Any = "") -> Prompt:
     """A prompt record without id: a text or chat messages, with the suffix of its domain."""
-    turns = prompt if isinstance(prompt, list | tuple) else [{"role": "user", "content": prompt}]
-    if not turns or not all(
-        isinstance(t, Mapping) and {"role", "content"} <= set(t) for t in turns
-    ):
+    is_chat = isinstance(prompt, list | tuple) and any(isinstance(t, Mapping) for t in prompt)
+    turns = prompt if is_chat else [{"role": "user", "content": prompt}]
+    if not all(isinstance(t, Mapping) and {"role", "content"} <= t.keys() for t in turns):
         raise BadRow("no prompt", f"{str(prompt)[:80]!r} is no text and no chat")
     messages = [{"role": str(t["role"]), "content": text_of(t["content"])} for t in turns]
     suffix, mark = _SUFFIXES[domain]
@@ -70,12 +69,12 @@ def answer_of(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadRow("no answer", f"{value!r}")
     text = str(whole(value)).rpartition("\n#### ")[2].strip()
-    if text.startswith(r"\boxed"):
-        text = math.last_boxed(text) or text
-    for left, right in ((r"\(", r"\)"), (r"\[", r"\]"), ("$", "$")):
+    for left, right in ((r"\(", r"\)"), (r"\[", r"\]"), ("$$", "$$"), ("$", "$")):
         inner = text.removeprefix(left).removesuffix(right)
         if len(inner) == len(text) - len(left) - len(right) and left not in inner:
             text = inner.strip()
+    if text.startswith(r"\boxed") and text.endswith("}"):
+        text = math.last_boxed(text) or text
     if text.lower() in ("", "none", "nan", "null", "n/a"):
         raise BadRow("no answer", f"{value!r}")
     if problem := math.refusal(text):

@@ -211,7 +211,7 @@ def _rows_of_tfds(path: str, split: str) -> Iterator[tuple[str, Any]]:
     if split not in builder.info.splits:
         known = ", ".join(builder.info.splits)
         raise ValueError(f"data: split: expected one of {known} of {path!r}, got {split!r}.")
-    source = builder.as_data_source(split)
+    source = builder.as_data_source(split=split)
     for i in range(len(source)):
         yield f"{split}:{i}", _plain_values(source[i])
 
