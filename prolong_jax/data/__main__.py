@@ -100,7 +100,9 @@ def sources_of(
         return
     given = {key: getattr(args, key) for key in ("format", "split", "domain", "only")}
     data = to_dict(run).get("data", {})
-    sources = {args.path: {"path": args.path, **given}} if args.path else data.get("sources", {})
+    sources = data.get("sources", {})
+    if args.path:
+        sources = {args.path.rstrip("/").rpartition("/")[2]: {"path": args.path, **given}}
     for name, values in sources.items():
         settings = build(SourceSettings, values, f"data.sources.{name}.")
         yield name, load(name, settings, num_tokens, run.rollout.max_prompt_len, args.strict)

@@ -79,6 +79,8 @@ def answer_of(value: Any) -> str:
         raise BadRow("no answer", f"{value!r}")
     if problem := math.refusal(text):
         raise BadRow("unparsable gold", problem)
+    if math.last_boxed(rf"\boxed{{{text}}}") != text:
+        raise BadRow("unparsable gold", f"braces do not match in {text[:80]!r}")
     return text
 
 

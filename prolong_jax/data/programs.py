@@ -33,7 +33,7 @@ def unpack_tests(packed: str) -> str:
         text = _TextOnly(io.BytesIO(data)).load()
     except Exception as problem:  # a broken pickle raises almost anything
         raise BadRow("unreadable tests", f"{type(problem).__name__}: {problem}") from None
-    if not isinstance(text, str) or stream.unconsumed_tail:
+    if not isinstance(text, str) or not stream.eof:
         raise BadRow("unreadable tests", f"expected a text, got {type(text).__name__}")
     return text
 

@@ -56,6 +56,7 @@ def test_deepscaler_json_array(tmp_path):
         {"problem": "MATH", "solution": r"so \boxed{\frac{1}{2}}"},
         {"problem": ["Größe", "→ 数学?"], "answer": r"\(\boxed{7}\)"},
         {"problem": "x", "answer": "9^{9^{9^{9}}}"},
+        {"problem": "x", "answer": r"\frac{1}{2"},
         {"problem": "x", "answer": True},
         {"problem": "x", "answer": {"value": 1}},
         {"problem": "half \ud800", "answer": 1},
@@ -68,7 +69,14 @@ def test_deepscaler_json_array(tmp_path):
     found = items(path)
     assert reasons(found) == [
         *("", "no answer", "no answer", "no prompt", "", "", "several answers", "", ""),
-        *("unparsable gold", "no answer", "no answer", "text is not Unicode", ""),
+        *(
+            "unparsable gold",
+            "unparsable gold",
+            "no answer",
+            "no answer",
+            "text is not Unicode",
+            "",
+        ),
         *("no row of fields", "no row of fields"),
     ]
     first = found[0]
