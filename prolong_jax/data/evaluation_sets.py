@@ -6,44 +6,33 @@ count as right or wrong, logic and instruction following by their continuous rew
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from prolong_jax.data.prompts import Prompt, Skipped
 from prolong_jax.data.readers import EXTENSIONS, SourceSettings, find, read
 
-_OURS = "made by: python -m prolong_jax.data.reasoning_gym --out DIRECTORY/reasoning_gym"
-_PRIME = "eurus_validation", "PRIME-RL/Eurus-2-RL-Data, validation.parquet"
+_PRIME = "PRIME-RL/Eurus-2-RL-Data, validation.parquet"
+_GYM = "(python -m prolong_jax.data.reasoning_gym --out DIRECTORY/reasoning_gym makes it)"
+_VALIDATION = "eurus_validation"
 
-
-@dataclass(frozen=True)
-class EvaluationSet:
-    domain: str
-    file: str  # or directory, in the user's directory, without extension
-    origin: str  # public name of the data set, on the Hugging Face hub where nothing else is said
-    only: str = ""  # data_source of the rows that belong to it
-
-
+# name: domain; file or directory, without extension; where to get it: the name on the Hugging Face
+# hub. Several sets may stand in one file; then the data_source of the rows is the name of the set.
 EVALUATION_SETS = {
-    "aime24": EvaluationSet("math", "aime24", "HuggingFaceH4/aime_2024"),
-    "aime25": EvaluationSet("math", "aime25", "math-ai/aime25"),
-    "amc": EvaluationSet("math", "amc", "AI-MO/aimo-validation-amc"),
-    "math": EvaluationSet("math", "math", "HuggingFaceH4/MATH-500"),
-    "minerva": EvaluationSet("math", "minerva", "math-ai/minervamath"),
-    "olympiad_bench": EvaluationSet(
-        "math", "olympiad_bench", "Hothan/OlympiadBench, OE_TO_maths_en_COMP"
-    ),
-    "apps": EvaluationSet("code", *_PRIME, "apps"),
-    "codecontests": EvaluationSet("code", *_PRIME, "codecontests"),
-    "codeforces": EvaluationSet("code", *_PRIME, "codeforces"),
-    "taco": EvaluationSet("code", *_PRIME, "taco"),
-    "humaneval_plus": EvaluationSet("code", "humaneval_plus", "evalplus/humanevalplus"),
-    "live_code_bench": EvaluationSet(
-        "code", "live_code_bench", "livecodebench/code_generation_lite"
-    ),
-    "gpqa_diamond": EvaluationSet("stem", "gpqa_diamond", "Idavidrein/gpqa, gpqa_diamond.csv"),
-    "ifeval": EvaluationSet("instruct", "ifeval", "google/IFEval"),
-    "reasoning_gym_test": EvaluationSet("logic", "reasoning_gym/test", _OURS),
-    "reasoning_gym_ood": EvaluationSet("logic", "reasoning_gym/ood", _OURS),
+    "aime24": ("math", "aime24", "HuggingFaceH4/aime_2024"),
+    "aime25": ("math", "aime25", "math-ai/aime25"),
+    "amc": ("math", "amc", "AI-MO/aimo-validation-amc"),
+    "math": ("math", "math", "HuggingFaceH4/MATH-500"),
+    "minerva": ("math", "minerva", "math-ai/minervamath"),
+    "olympiad_bench": ("math", "olympiad_bench", "Hothan/OlympiadBench, OE_TO_maths_en_COMP"),
+    "apps": ("code", _VALIDATION, _PRIME),
+    "codecontests": ("code", _VALIDATION, _PRIME),
+    "codeforces": ("code", _VALIDATION, _PRIME),
+    "taco": ("code", _VALIDATION, _PRIME),
+    "humaneval_plus": ("code", "humaneval_plus", "evalplus/humanevalplus"),
+    "live_code_bench": ("code", "live_code_bench", "livecodebench/code_generation_lite"),
+    "gpqa_diamond": ("stem", "gpqa_diamond", "Idavidrein/gpqa, gpqa_diamond.csv"),
+    "ifeval": ("instruct", "ifeval", "google/IFEval"),
+    "reasoning_gym_test": ("logic", "reasoning_gym/test", _GYM),
+    "reasoning_gym_ood": ("logic", "reasoning_gym/ood", _GYM),
 }
 
 
@@ -55,13 +44,14 @@ def read_evaluation_set(name: str, directory: str) -> Iterator[Prompt | Skipped]
     """
     if name not in EVALUATION_SETS:
         raise ValueError(f"evaluation: expected one of {', '.join(EVALUATION_SETS)}, got {name!r}.")
-    wanted = EVALUATION_SETS[name]
+    domain, file, origin = EVALUATION_SETS[name]
+    place = f"{directory.rstrip('/')}/{file}"
     endings = ["", *EXTENSIONS, *(f"{extension}.gz" for extension in EXTENSIONS)]
-    places = [f"{directory.rstrip('/')}/{wanted.file}{ending}" for ending in endings]
-    path = next((place for place in places if find(place)), None)
+    path = next((place + ending for ending in endings if find(place + ending)), None)
     if path is None:
         raise ValueError(
-            f"evaluation: expected the set {name!r} as {wanted.file}.parquet, .json, .jsonl or "
-            f".csv in {directory!r}, found none; get {wanted.origin}."
+            f"evaluation: expected the set {name!r} at {place}.parquet, .json, .jsonl or .csv, "
+            f"found none; get {origin}."
         )
-    yield from read(name, SourceSettings(path, only=wanted.only, domain=wanted.domain))
+    only = name if file == _VALIDATION else ""
+    yield from read(name, SourceSettings(path, only=only, domain=domain))

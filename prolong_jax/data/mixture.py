@@ -56,13 +56,6 @@ def load(
 ) -> Iterator[Prompt | Skipped]:
     """The prompts of a source that a run can train on, and what was skipped.
 
-    Args:
-      name: of the source.
-      settings: of the source.
-      num_tokens: length of a prompt as the model reads it.
-      max_tokens: longer prompts are skipped.
-      strict: stop at the first bad row.
-
     Raises:
       ValueError: what `read` refuses; in strict mode the first bad row.
     """
@@ -149,19 +142,16 @@ def draw(
     """The next `count` prompts of the global order, and the position behind them.
 
     The source of draw number n depends on (seed, n) and the weights alone, its prompt on the
-    source's own cursor.
+    source's own cursor. All arguments but the last are the same on all processes.
 
     Args:
-      position: where the data stands; the same on all processes.
+      position: where the data stands.
       count: prompts for all processes together.
       streams: by source.
       weights: by source; may change between calls.
       seed: of the run.
-      is_wanted: by prompt id, the same on all processes; others are passed over.
+      is_wanted: by prompt id; others are passed over.
       process: index and number; this process gets every number-th prompt.
-
-    Returns:
-      This process's prompts, and the new position.
     """
     names, cursors, mine = sorted(weights), dict(position.cursors), []
     index, number = process

@@ -68,19 +68,6 @@ def code_contests(row: Row, domain: str) -> Prompt:
     return _problem(row.get("description"), "", tests, "codecontests", solution)
 
 
-def deepcoder(row: Row, domain: str) -> Prompt:
-    """DeepCoder's files: problem, and tests as [{input, output}] or {inputs, outputs}."""
-    tests = loaded(row.get("tests"), "tests", list | dict)
-    if "functional" in tests:
-        raise BadRow("tests that run beside the program", "they name no function")
-    tests = _pairs(tests) if isinstance(tests, list) else tests
-    return _problem(row.get("problem"), row.get("starter_code"), tests, "deepcoder")
-
-
-def _pairs(tests: list) -> dict[str, Any]:
-    return {f"{key}s": [test[key] for test in tests] for key in ("input", "output")}
-
-
 def live_code_bench(row: Row, domain: str) -> Prompt:
     """LiveCodeBench: question_content, starter_code, public and private tests, metadata."""
     private = row.get("private_test_cases") or []
@@ -88,7 +75,7 @@ def live_code_bench(row: Row, domain: str) -> Prompt:
         private = unpack_tests(private)
     tests = loaded(row.get("public_test_cases") or [], "tests", list)
     tests = [*tests, *loaded(private, "tests", list)]
-    pairs = _pairs(tests)
+    pairs: dict[str, Any] = {f"{k}s": [test[k] for test in tests] for k in ("input", "output")}
     if any(test.get("testtype") == "functional" for test in tests):
         pairs["fn_name"] = loaded(row.get("metadata"), "metadata")["func_name"]
     content, starter = row.get("question_content"), row.get("starter_code")

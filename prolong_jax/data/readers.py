@@ -35,7 +35,6 @@ FORMATS: dict[str, tuple[Callable[[Row, str], Prompt], set[str]]] = {
     "competition": (programs.competition, {"question", "input_output"}),
     "code_contests": (programs.code_contests, {"description", "public_tests"}),
     "live_code_bench": (programs.live_code_bench, {"question_content", "public_test_cases"}),
-    "deepcoder": (programs.deepcoder, {"problem", "tests"}),
     "human_eval": (programs.human_eval, {"prompt", "entry_point"}),
     "mbpp": (programs.mbpp, {"test_list", "code"}),
     "plain": (formats.plain, {"domain", "reference"}),
@@ -207,7 +206,7 @@ def _json_rows(stream: io.BufferedReader) -> Iterator[Any]:
 def _rows_of_tfds(path: str, split: str) -> Iterator[tuple[str, Any]]:
     import tensorflow_datasets as tfds  # heavy, and needed by these directories alone
 
-    builder = tfds.builder_from_directory(path)
+    builder: Any = tfds.builder_from_directory(path)
     if split not in builder.info.splits:
         known = ", ".join(builder.info.splits)
         raise ValueError(f"data: split: expected one of {known} of {path!r}, got {split!r}.")

@@ -199,12 +199,3 @@ def test_asserts_become_references(tmp_path):
     assert solved(prompt, prompt.solution) == 1.0
     for bad in ({**row, "test": None}, {**row, "test": "def ("}, {**sums, "test_list": []}):
         assert isinstance(read_one(tmp_path, bad), Skipped)
-
-
-def test_deepcoder_files(tmp_path):
-    row = {"problem": "Print it.", "tests": [{"input": "1", "output": "1"}]}
-    assert good(tmp_path, row).reference == {"inputs": ["1"], "outputs": ["1"]}
-    row = {"problem": "Print it.", "tests": {"inputs": ["1"], "outputs": ["1"]}}
-    assert good(tmp_path, row).reference == {"inputs": ["1"], "outputs": ["1"]}
-    row = {"problem": "Do it.", "tests": {"functional": "def check(candidate): ..."}}
-    assert isinstance(read_one(tmp_path, row), Skipped)
