@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from prolong_jax.data.prompts import BadRow, Prompt
-from prolong_jax.verifiers import VERIFIERS, code, instruct, logic, math, stem
+from prolong_jax.verifiers import VERIFIERS, Status, code, instruct, logic, math, stem
 
 Row = Mapping[str, Any]
 
@@ -119,11 +119,15 @@ def instructions_of(given: Row) -> dict[str, Any]:
         raise BadRow("no instructions", f"{str(ids)[:80]!r}")
     if not isinstance(kwargs, list) or len(kwargs) != len(ids):
         raise BadRow("as many arguments as instructions expected", f"{str(kwargs)[:80]!r}")
-    if unknown := instruct.unsupported(ids):
+    if unknown := instruct.unknown_ids(given):
         raise BadRow("instructions without a checker", ", ".join(unknown))
     filled = [{k: whole(v) for k, v in (a or {}).items() if v is not None} for a in kwargs]
     mode = "all" if given.get("grading_mode", given.get("mode")) in ("binary", "all") else "mean"
-    return {"instruction_id_list": ids, "kwargs": filled, "mode": mode}
+    reference = {"instruction_id_list": ids, "kwargs": filled, "mode": mode}
+    verdict = instruct.verify("", reference)
+    if verdict.status == Status.ERROR:
+        raise BadRow("unusable arguments of instructions", verdict.detail)
+    return reference
 
 
 def entry_of(task: Any, entry: Row) -> dict[str, Any]:

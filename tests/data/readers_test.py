@@ -241,6 +241,7 @@ def test_llama_nemotron_instructions(tmp_path):
         {**row, "args": {**row["args"], "instruction_id_list": None}},
         {**row, "args": {**row["args"], "instruction_kwargs": [{}]}},
         {**row, "args": {"instruction_id_list": ["no:such"], "instruction_kwargs": [None]}},
+        {**row, "args": {**row["args"], "instruction_kwargs": [None, {"num_words": "many"}]}},
         {**row, "args": None},
         {**row, "input": None},
     ]
@@ -248,6 +249,7 @@ def test_llama_nemotron_instructions(tmp_path):
         "no instructions",
         "as many arguments as instructions expected",
         "instructions without a checker",
+        "unusable arguments of instructions",
         "unreadable args",
         "no prompt",
     ]
@@ -497,4 +499,4 @@ def test_real_files():
                 assert VERIFIERS[item.verifier](wrong, item.reference).status == Status.OK
     for name in ("instruction_following", "ifbench"):
         found = items(Path(folder) / "nemo_gym" / f"{name}__example.jsonl")
-        assert set(reasons(found)) <= {"", "instructions without a checker"} and len(found) == 5
+        assert reasons(found) == [""] * 5
