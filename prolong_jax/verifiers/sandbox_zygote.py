@@ -231,13 +231,17 @@ def end(pid: int, tier: str, is_alone: bool) -> None:
         with suppress(ProcessLookupError):
             kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    children = Path(f"/proc/self/task/{os.getpid()}/children")
     with suppress(ChildProcessError):  # nobody is left to wait for
         for _ in range(0 if tier == "A" else 10_000):
-            for stray in [-1] if is_alone else map(int, children.read_text().split()):
-                with suppress(ProcessLookupError):
-                    os.kill(stray, signal.SIGKILL)
+            kill_strays(is_alone)
             os.waitpid(-1, 0)
+
+
+def kill_strays(is_alone: bool) -> None:
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    for stray in [-1] if is_alone else map(int, children.read_text().split()):
+        with suppress(ProcessLookupError):
+            os.kill(stray, signal.SIGKILL)
 
 
 # --- the run ------------------------------------------------------------------------------------
