@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import tempfile
 import time
 
 import pytest
@@ -83,8 +82,10 @@ def test_a_fault_in_one_test_fails_that_test_alone(fault):
 
 def test_an_endless_loop_is_a_timeout_and_leaves_nothing():
     marker = "1234.5678"
-    body = f"import subprocess\ndef f(x):\n    subprocess.Popen(['sleep', '{marker}'])\n"
-    verdict = run(body + "    while True: pass", time_limit_s=1.0)
+    body = "import subprocess\ndef f(x):\n    while True:\n"
+    body += f"        try: subprocess.Popen(['sleep', '{marker}']).wait()\n"
+    body += "        except OSError: pass\n"  # where the sandbox has no such program
+    verdict = run(body, time_limit_s=1.0)
     assert verdict.status == Status.TIMEOUT and verdict.score == 0.0
     end = time.monotonic() + 60.0
     while (
@@ -126,7 +127,9 @@ def test_expected_outputs_never_reach_the_child():
         "        seen += [repr(frame.f_locals), repr(frame.f_globals)]\n"
         "        frame = frame.f_back\n"
         "    seen += [repr(o)[:10000] for o in gc.get_objects() if isinstance(o, (dict, list))]\n"
-        "    whole = ' '.join(seen) + open('/proc/self/cmdline').read()\n"
+        "    try: seen.append(open('/proc/self/cmdline').read())\n"
+        "    except OSError: pass\n"
+        "    whole = ' '.join(seen)\n"
         "    part = 'output-7349'\n"
         "    at = whole.replace(part + \"'\", '').find('expected-' + part)\n"
         "    return whole[at:at + 22] if at >= 0 else 'not found'\n"
@@ -143,23 +146,11 @@ def test_the_environment_is_empty(monkeypatch):
     assert run(names, inputs=[[1]], outputs=[[]]).score == 1.0
 
 
-def test_memory_files_and_answers_are_bounded():
+def test_memory_and_answers_are_bounded():
     body = "def f(x):\n    b = bytearray(4 << 30)\n    return 2 * x"
     assert run(body).score == 0.0
-    body = "import os\nfile = os.memfd_create('file')\n"
-    body += "def f(x): return os.pwrite(file, bytes(x << 20), 0) >> 20"
-    assert run(body, inputs=[[16], [20]], outputs=[16, 16]).score == 1.0
     flood = "def f(x): return 'x' * (100 << 20)"
     assert run(flood, time_limit_s=3.0).score == 0.0
-
-
-def test_the_working_folder_takes_no_files(tmp_path, monkeypatch):
-    """Nothing is there, nothing can be put there, nothing is left behind."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    sandbox._empty_folder.cache_clear()
-    body = "import os\ndef f(name):\n    if name: open(name, 'w')\n    return os.listdir()"
-    assert run(body, inputs=[[""], ["a"], [""]], outputs=[[], [], []]).score == 2 / 3
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
