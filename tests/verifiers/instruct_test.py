@@ -232,6 +232,9 @@ def test_the_reward_is_the_mean_or_all():
             "instruction_id_list": ["length_constraints:number_words"],
             "kwargs": [{"num_words": 2.5, "relation": "at least"}],
         },
+        {"instruction_id_list": ["count:lowercase_counting"], "kwargs": [{"N": -1}]},
+        {"instruction_id_list": ["count:lowercase_counting"], "kwargs": [{"N": True}]},
+        {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [["x"]]},
     ],
 )
 @pytest.mark.parametrize("text", ["some text", ""])
@@ -290,6 +293,7 @@ def test_words_are_cut_as_in_the_penn_treebank():
     text = "\"I can't,\" he said: it's 1,000 o'clock (U.S. time) -- cannot wait..."
     wanted = "`` I ca n't , '' he said : it 's 1,000 o'clock ( U.S. time ) -- can not wait ..."
     assert sentence_tokens(text) == wanted.split()
+    assert sentence_tokens("a 'bad' law") == ["a", "'", "bad", "'", "law"]
     assert tokens("So it is. Yes.") == ["So", "it", "is", ".", "Yes", "."]
 
 
