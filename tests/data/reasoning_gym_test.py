@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,13 @@ def test_the_same_bytes_again(built, tmp_path, monkeypatch):
     reasoning_gym.build(tmp_path, TASKS[1::-1], size=10, num_workers=1)
     again = read(tmp_path / "train.jsonl")
     assert again[8:] + again[:8] == read(built[0] / "train.jsonl")[:16]
+
+
+def test_creation_does_not_depend_on_the_global_random_state():
+    random.seed(1)
+    one = reasoning_gym.create("list_functions", 60, 42)
+    random.seed(2)
+    assert reasoning_gym.create("list_functions", 60, 42) == one
 
 
 def test_an_entry_holds_no_day_of_creation(built):

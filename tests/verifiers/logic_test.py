@@ -1,6 +1,7 @@
 """Logic puzzles: extraction, scores of real tasks, junk, and what is our error."""
 
 import copy
+import json
 import time
 
 import pytest
@@ -256,7 +257,12 @@ def test_a_scorer_that_raises_on_the_answer_scores_zero():
 
 
 def test_scoring_leaves_the_entry_alone():
-    entry = {"question": "?", "answer": "[1]", "metadata": {"solution": (1, 2)}}
+    """The scorer of knight_swap writes into the metadata."""
+    answer = json.dumps(["w,A1,B1", "B,C1,A1", "w,B1,C1"])
+    board = {"A1": ["B1", "C1"], "B1": ["A1", "C1"], "C1": ["A1", "B1"]}
+    metadata = {"is_possible": True, "board": board, "start_turn": "w", "solution": [1, 2, 3]}
+    metadata["pieces"] = {"A1": "w", "B1": None, "C1": "B"}
+    entry = {"question": "?", "answer": answer, "metadata": metadata}
     before = copy.deepcopy(entry)
-    logic.verify("<answer>[1]</answer>", {"task": "group_anagrams", "entry": entry})
-    assert entry == before
+    verdict = logic.verify(f"<answer>{answer}</answer>", {"task": "knight_swap", "entry": entry})
+    assert verdict.score == 1.0 and entry == before
