@@ -95,6 +95,29 @@ class VerifierSettings:
 
 
 @dataclass(frozen=True)
+class SourceSettings:
+    """One data set of a run."""
+
+    path: str  # file or directory, local or remote
+    weight: float = 1.0  # share of its domain, where the mixture names the domain
+    format: str = ""  # key of data.readers.FORMATS; "": by the fields of each row
+    split: str = ""
+    domain: str = ""  # what the rows count as; "": what the format says
+    only: str = ""  # keep the rows of this domain or data_source
+    fields: Mapping[str, str] = field(default_factory=dict)  # the format's name: the data's name
+    special_judge: str = ""  # JSON lines {"idx", "special_judge"}, by row number or id
+    pass_rates: str = ""  # JSON lines {"id", "pass_rate"}; rows without a record are kept
+    min_pass_rate: float = 0.0
+    max_pass_rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    sources: Mapping[str, SourceSettings] = field(default_factory=dict)  # none: the embedded tasks
+    strict: bool = False  # stop at the first bad row instead of skipping it
+
+
+@dataclass(frozen=True)
 class CheckpointSettings:
     every: int = 20  # steps
     keep: int = 2  # newest checkpoints
@@ -142,6 +165,7 @@ class RunConfig:
     update: UpdateSettings = field(default_factory=UpdateSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     verifiers: VerifierSettings = field(default_factory=VerifierSettings)
+    data: DataSettings = field(default_factory=DataSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     stages: tuple[StageSettings, ...] = (StageSettings(),)
@@ -307,7 +331,7 @@ def check(run: RunConfig) -> None:
             "with reset.plateau_window.",
         )
         for key, weights, known in (
-            ("mixture", stage.mixture, DOMAINS),
+            ("mixture", stage.mixture, (*DOMAINS, *run.data.sources)),
             ("levels", stage.levels, LEVELS),
         ):
             where = f"'stages.{index}.{key}'"

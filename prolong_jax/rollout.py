@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from prolong_jax.advantages import group_advantage, is_dead, stop_properly
 from prolong_jax.config import RolloutSettings
+from prolong_jax.data.mixture import Position
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.mesh import by_rows, replicated
 from prolong_jax.models.decoder import Model
@@ -59,7 +60,7 @@ class Group:
 class Cursor:
     """Where the collection stands in the data; part of the checkpoint."""
 
-    position: int = 0  # prompts drawn so far
+    position: Position = field(default_factory=Position)  # in the data
     surplus: list[Group] = field(default_factory=list)  # live groups that wait, oldest first
 
 
@@ -183,7 +184,7 @@ def collect(
     collector: Collector,
     params: PyTree,
     cursor: Cursor,
-    next_prompt: Callable[[int], Prompt],
+    next_prompts: Callable[[Position, int], tuple[list[Prompt], Position]],
     settings: RolloutSettings,
     step: int,
     timer: Timer,
@@ -194,7 +195,7 @@ def collect(
       collector: model, tokenizer, verifiers.
       params: the policy.
       cursor: position and surplus; changed in place.
-      next_prompt: the prompt at a position of the stream.
+      next_prompts: (position, count) -> the prompts there, and the position behind them.
       settings: sizes and dynamic sampling.
       step: training step, part of every sample's key.
       timer: adds up the seconds of each phase.
@@ -213,8 +214,7 @@ def collect(
     for _ in range(settings.max_sampling_rounds):
         if len(live) >= wanted:
             break
-        prompts = [next_prompt(cursor.position + i) for i in range(wanted)]
-        cursor.position += wanted
+        prompts, cursor.position = next_prompts(cursor.position, wanted)
         groups = sample_groups(
             collector,
             params,

@@ -35,7 +35,7 @@ from prolong_jax.config import (
     refuse_other,
     to_dict,
 )
-from prolong_jax.data.mixture import prompt_at
+from prolong_jax.data.mixture import Position, Sources, next_prompts, open_sources
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.evaluate import evaluate, held_out_prompts
 from prolong_jax.mesh import make_mesh, param_shardings, replicated
@@ -71,6 +71,7 @@ class Setup:
     run: RunConfig
     collector: Collector
     validation: list[Prompt]
+    sources: Sources
 
 
 @dataclass
@@ -99,7 +100,7 @@ class Host:
             **values
             | {
                 "progress": stages.Progress(**progress | {"scores": tuple(progress["scores"])}),
-                "cursor": Cursor(values["cursor"]["position"], surplus),
+                "cursor": Cursor(Position(**values["cursor"]["position"]), surplus),
             }
         )
 
@@ -123,7 +124,7 @@ def train_step(
         setup.collector,
         sampling_copy(setup.collector, state.params),
         host.cursor,
-        lambda position: prompt_at(position, run.seed, stage.mixture, stage.levels),
+        functools.partial(next_prompts, setup.sources, seed=run.seed, stage=stage),
         run.rollout,
         step,
         timer,
@@ -224,12 +225,13 @@ def train(run: RunConfig, workdir: Path) -> int:
     tokenizer = ChatTokenizer(run.model.path)
     refuse_unfit_model(run, model, tokenizer)
     params = jax.device_put(params, param_shardings(mesh, model.shapes()))
+    sources = open_sources(run, lambda prompt: len(tokenizer.encode_chat(prompt.messages)[0]))
     with open_pool(run.verifiers, workdir / "faults.jsonl") as pool:
         pool.check(DOMAINS)
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", to_dict(run))
         collector = Collector(model, mesh, tokenizer, pool, run.seed)
-        setup = Setup(run, collector, held_out_prompts(run))
+        setup = Setup(run, collector, held_out_prompts(run), sources)
         size = sum(x.size for x in jax.tree.leaves(params)) / 1e6
         print(f"{size:.2f}M parameters from {run.model.path} on {mesh.size} {jax.devices()[0]}")
         with closing(Checkpointer(workdir / "checkpoints", run.checkpoint)) as checkpointer:

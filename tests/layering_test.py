@@ -335,7 +335,7 @@ PLANTED = [
     ("update", WIDE, "9 arguments"),
     ("update", DEEP, "nests 4 levels"),
     ("losses", "x = 1\n" * 1801, "core files have 1801"),
-    ("evaluate", "x = 1\n" * 8001, "package has 8001"),
+    ("evaluate", "x = 1\n" * 10001, "package has 10001"),
 ]
 
 

@@ -74,8 +74,8 @@ BUGS = (
     Bug(
         "data cursor not saved",
         "prolong_jax/train.py",
-        'Cursor(values["cursor"]["position"], surplus)',
-        "Cursor(0, surplus)",
+        'Cursor(Position(**values["cursor"]["position"]), surplus)',
+        "Cursor(Position(), surplus)",
         "tests/train_test.py",
     ),
 )

@@ -7,6 +7,7 @@ import pytest
 
 from prolong_jax import rollout
 from prolong_jax.config import MeshSettings, RolloutSettings
+from prolong_jax.data.mixture import Position
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.mesh import make_mesh
 from prolong_jax.rollout import Cursor, Group
@@ -42,8 +43,9 @@ def collect(monkeypatch, rounds, cursor, **settings):
     pool: Any = None
     collector = rollout.Collector(MODEL, make_mesh(MeshSettings()), stops, pool, seed=0)
 
-    def next_prompt(position: int) -> Any:
-        return position
+    def next_prompts(position: Position, count: int) -> Any:
+        prompts = list(range(position.drawn, position.drawn + count))
+        return prompts, Position(position.drawn + count)
 
     def sampled(collector, params, prompts, *rest):
         asked.append(prompts)
@@ -52,7 +54,7 @@ def collect(monkeypatch, rounds, cursor, **settings):
     monkeypatch.setattr(rollout, "sample_groups", sampled)
 
     settings = RolloutSettings(prompts_per_step=3, group_size=2, **settings)
-    kept, drawn = rollout.collect(collector, {}, cursor, next_prompt, settings, 1, rollout.Timer())
+    kept, drawn = rollout.collect(collector, {}, cursor, next_prompts, settings, 1, rollout.Timer())
     return [g.prompt.id for g in kept], asked, drawn
 
 
@@ -61,7 +63,7 @@ def test_refills_until_enough_groups_live_and_keeps_the_surplus(monkeypatch):
     rounds = [[ALIVE, ZERO, ONE], [SAME, ALIVE, ALIVE], [ALIVE, ALIVE, ZERO]]
     kept, asked, drawn = collect(monkeypatch, rounds, cursor)
     assert kept == ["0", "4", "5"] and asked == [[0, 1, 2], [3, 4, 5]] and len(drawn) == 6
-    assert cursor.position == 6 and cursor.surplus == []
+    assert cursor.position.drawn == 6 and cursor.surplus == []
     kept, asked, _ = collect(monkeypatch, [[ALIVE] * 3, [ALIVE] * 3], cursor)
     assert kept == ["6", "7", "8"]
 
@@ -79,7 +81,7 @@ def test_trains_on_what_there_is_when_the_rounds_run_out(monkeypatch):
     kept, asked, _ = collect(
         monkeypatch, [[ZERO] * 3, [ALIVE, ZERO, ONE]], cursor, max_sampling_rounds=2
     )
-    assert kept == ["3"] and len(asked) == 2 and cursor.position == 6
+    assert kept == ["3"] and len(asked) == 2 and cursor.position.drawn == 6
 
 
 def test_without_dynamic_sampling_dead_groups_are_kept(monkeypatch):

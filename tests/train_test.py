@@ -14,6 +14,7 @@ import pytest
 from prolong_jax import train
 from prolong_jax.config import TINY_BASE
 from prolong_jax.metrics import read_rows
+from prolong_jax.verifiers import math
 
 TINY = "experiments/configs/tiny.py"
 SMALL = {
@@ -172,6 +173,32 @@ def test_twenty_steps_on_one_domain_raise_its_reward(tmp_path):
     assert late > early + 0.1, rewards
 
 
+@pytest.fixture
+def sums(tmp_path):
+    """A file of sums, one of its rows without an answer, and the settings that train on it."""
+    rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(1, 9)]
+    path = tmp_path / "sums.jsonl"
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"question": "?", "answer": None}])
+    )
+    return {"data__sources": {"sums": {"path": str(path), "domain": "math"}}, "total_steps": 2}
+
+
+def test_a_run_on_a_file_goes_on_with_the_right_prompts(capsys, tmp_path, sums):
+    """Two steps at once, and one after the other: the same prompts, all of the file."""
+    sums["stages"] = [{"mixture": {"sums": 1.0}}]
+    sums |= {"metrics__samples_per_step": 100, "rollout__dynamic_sampling": False}
+    assert train.main(arguments(tmp_path / "once", **sums)) == 0
+    assert "8 prompts from sums" in capsys.readouterr().out
+    for steps in (1, 2):
+        assert train.main(arguments(tmp_path / "twice", **sums | {"total_steps": steps})) == 0
+    once, twice = (read_rows(tmp_path / name / "samples.jsonl") for name in ("once", "twice"))
+    assert once == twice
+    assert sorted(row["prompt"] for row in once) == sorted(
+        f"What is {i} + 1? {math.PROMPT_SUFFIX}" for i in range(1, 9)
+    )
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 
@@ -201,6 +228,17 @@ def refusal(capsys, argv):
 def test_bad_input_is_refused_before_any_compute(capsys, tmp_path, change, message):
     workdir = tmp_path / "run"
     assert message in refusal(capsys, arguments(workdir, **change))
+    assert not workdir.exists()
+
+
+def test_data_that_does_not_fit_is_refused(capsys, tmp_path, sums):
+    workdir = tmp_path / "run"
+    assert "'code'" in refusal(capsys, arguments(workdir, **sums))  # the mixture's other domains
+    only_sums = sums | {"stages": [{"mixture": {"math": 1.0}}]}
+    strict = arguments(workdir, **only_sums, data__strict=True)
+    assert "of source 'sums' cannot be used" in refusal(capsys, strict)
+    missing = only_sums | {"data__sources": {"sums": {"path": "/no/such/file"}}}
+    assert "/no/such/file" in refusal(capsys, arguments(workdir, **missing))
     assert not workdir.exists()
 
 

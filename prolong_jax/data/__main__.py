@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from prolong_jax.config import RunConfig, build, parse, to_dict
+from prolong_jax.config import RunConfig, SourceSettings, parse
 from prolong_jax.data.evaluation_sets import EVALUATION_SETS, read_evaluation_set
 from prolong_jax.data.mixture import load, prompt_at
 from prolong_jax.data.prompts import Prompt, Skipped
-from prolong_jax.data.readers import FORMATS, SourceSettings
+from prolong_jax.data.readers import FORMATS
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.verifiers import Status
 from prolong_jax.verifiers.pool import Pool
@@ -99,13 +99,13 @@ def sources_of(
         yield args.evaluation, read_evaluation_set(args.evaluation, args.path)
         return
     given = {key: getattr(args, key) for key in ("format", "split", "domain", "only")}
-    data = to_dict(run).get("data", {})
-    sources = data.get("sources", {})
+    sources = dict(run.data.sources)
     if args.path:
-        sources = {args.path.rstrip("/").rpartition("/")[2]: {"path": args.path, **given}}
-    for name, values in sources.items():
-        settings = build(SourceSettings, values, f"data.sources.{name}.")
-        yield name, load(name, settings, num_tokens, run.rollout.max_prompt_len, args.strict)
+        name = args.path.rstrip("/").rpartition("/")[2]
+        sources = {name: SourceSettings(args.path, **given)}
+    strict = args.strict or run.data.strict
+    for name, settings in sources.items():
+        yield name, load(name, settings, num_tokens, run.rollout.max_prompt_len, strict)
     if not sources:
         mixture, levels = run.stages[0].mixture, run.stages[0].levels
         yield "embedded", (prompt_at(i, run.seed, mixture, levels) for i in range(EMBEDDED))

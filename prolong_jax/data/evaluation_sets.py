@@ -7,8 +7,9 @@ count as right or wrong, logic and instruction following by their continuous rew
 
 from collections.abc import Iterator
 
+from prolong_jax.config import SourceSettings
 from prolong_jax.data.prompts import Prompt, Skipped
-from prolong_jax.data.readers import EXTENSIONS, SourceSettings, find, read
+from prolong_jax.data.readers import EXTENSIONS, find, read
 
 _PRIME = "PRIME-RL/Eurus-2-RL-Data, validation.parquet"
 _GYM = "(python -m prolong_jax.data.reasoning_gym --out DIRECTORY/reasoning_gym makes it)"

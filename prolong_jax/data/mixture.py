@@ -7,12 +7,13 @@ global order and takes its own share of it, so a run can go on with another numb
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+from prolong_jax.config import RunConfig, SourceSettings, StageSettings, for_stage
 from prolong_jax.data.procedural import make_prompt
 from prolong_jax.data.prompts import Prompt, Skipped
-from prolong_jax.data.readers import SourceSettings, read, rows_of
+from prolong_jax.data.readers import read, rows_of
 
 Stream = Callable[[int], Prompt]
 PassRates = Mapping[str, tuple[float, int]]  # prompt id: sum of rewards, number of them
@@ -98,6 +99,52 @@ def stream_of(prompts: Sequence[Prompt], name: str, seed: int) -> Stream:
         return prompts[order(epoch)[index]]
 
     return at
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The data sets of a run; none: its prompts are the embedded tasks."""
+
+    streams: Mapping[str, Stream] = field(default_factory=dict)
+    shares: Mapping[str, tuple[str, float]] = field(default_factory=dict)  # domain and weight
+
+
+def open_sources(run: RunConfig, num_tokens: Callable[[Prompt], int]) -> Sources:
+    """Reads the data sets of a run into memory, without the solutions of their rows.
+
+    Raises:
+      ValueError: what `load` refuses, a source of no usable rows or of several domains, and a
+        stage whose mixture does not fit the sources.
+    """
+    streams, shares = {}, {}
+    longest = min(for_stage(run, i).rollout.max_prompt_len for i in range(len(run.stages)))
+    for name, settings in run.data.sources.items():
+        items = load(name, settings, num_tokens, longest, run.data.strict)
+        prompts = [replace(item, solution="") for item in items if isinstance(item, Prompt)]
+        streams[name] = stream_of(prompts, name, run.seed)
+        domains = {prompt.domain for prompt in prompts}
+        if len(domains) > 1:
+            raise ValueError(
+                f"data: expected one domain in source {name!r}, got {', '.join(sorted(domains))}; "
+                f"give each a source of its own with data.sources.{name}.only."
+            )
+        shares[name] = (domains.pop(), settings.weight)
+        print(f"{len(prompts)} prompts from {name}: {settings.path}")
+    for stage in run.stages if streams else ():
+        source_weights(stage.mixture, shares)
+    return Sources(streams, shares)
+
+
+def next_prompts(
+    sources: Sources, position: Position, count: int, seed: int, stage: StageSettings
+) -> tuple[list[Prompt], Position]:
+    """The next training prompts of a stage, and the position behind them."""
+    if sources.streams:
+        weights = source_weights(stage.mixture, sources.shares)
+        return draw(position, count, sources.streams, weights, seed)
+    drawn = range(position.drawn, position.drawn + count)
+    prompts = [prompt_at(n, seed, stage.mixture, stage.levels) for n in drawn]
+    return prompts, replace(position, drawn=position.drawn + count)
 
 
 # --- drawing -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import json
 import os
 import posixpath
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import pyarrow
 import pyarrow.parquet
 from pyarrow import fs
 
+from prolong_jax.config import SourceSettings
 from prolong_jax.data import formats, programs
 from prolong_jax.data.formats import Row
 from prolong_jax.data.prompts import BadRow, Prompt, Skipped
@@ -48,23 +49,6 @@ _ROW_IDS = ("id", "question_id", "problem_id", "task_id", "hash_id", "unique_id"
 OTHER_SOURCE = "of another domain or data_source"
 UNREADABLE = (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError)
 UNREADABLE += (csv.Error,)
-
-
-@dataclass(frozen=True)
-class SourceSettings:
-    """One data set of a run."""
-
-    path: str  # file or directory, local or remote
-    weight: float = 1.0  # share of its domain, where the mixture names the domain
-    format: str = ""  # key of FORMATS; "": by the fields of each row
-    split: str = ""
-    domain: str = ""  # what the rows count as; "": what the format says
-    only: str = ""  # keep the rows of this domain or data_source
-    fields: Mapping[str, str] = field(default_factory=dict)  # the format's name: the data's name
-    special_judge: str = ""  # JSON lines {"idx", "special_judge"}, by row number or id
-    pass_rates: str = ""  # JSON lines {"id", "pass_rate"}; rows without a record are kept
-    min_pass_rate: float = 0.0
-    max_pass_rate: float = 1.0
 
 
 def read(name: str, settings: SourceSettings) -> Iterator[Prompt | Skipped]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from prolong_jax.config import SourceSettings
 from prolong_jax.data.mixture import (
     Position,
     draw,
@@ -17,7 +18,6 @@ from prolong_jax.data.mixture import (
     stream_of,
 )
 from prolong_jax.data.prompts import Prompt, Skipped
-from prolong_jax.data.readers import SourceSettings
 
 SIZES = {"big": 10, "small": 3}
 WEIGHTS = {"big": 0.7, "small": 0.3}

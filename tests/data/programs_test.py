@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from prolong_jax.config import SourceSettings
 from prolong_jax.data.programs import unpack_tests
 from prolong_jax.data.prompts import BadRow, Prompt, Skipped
-from prolong_jax.data.readers import SourceSettings, read
+from prolong_jax.data.readers import read
 from prolong_jax.verifiers import code
 
 

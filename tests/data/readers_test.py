@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from prolong_jax.config import SourceSettings
 from prolong_jax.data.procedural import make_prompt
 from prolong_jax.data.prompts import Prompt, Skipped
-from prolong_jax.data.readers import FORMATS, SourceSettings, read
+from prolong_jax.data.readers import FORMATS, read
 from prolong_jax.verifiers import VERIFIERS, Status, code, logic, math
 
 BOXED = math.PROMPT_SUFFIX

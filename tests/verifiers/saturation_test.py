@@ -53,7 +53,7 @@ def test_hostile_answers_do_not_harm_the_correct_ones():
             pool.submit(("correct", 2 * i + 1), *item(*correct(2 * i + 1)))
         done = list(pool.as_completed())
         wall_s = time.monotonic() - start
-        timeouts = pool.stats()["math"]["timeouts"]
+        timeouts = pool.take_metrics()["verify/math/timeouts"]
     verdicts = dict(done)
     print(f"32 hostile and 64 correct answers on 2 workers: {wall_s:.1f} s, {timeouts} timeouts")
     assert len(done) == len(verdicts) == 96
@@ -67,7 +67,7 @@ def test_hostile_answers_do_not_harm_the_correct_ones():
     assert timeouts == hung
 
 
-def test_a_killed_worker_costs_at_most_the_item_in_its_hands():
+def test_a_killed_worker_costs_no_item():
     others = set(workers())
     with Pool(2, time_limit_s=60.0) as pool:
         pool.check(["math"])
@@ -79,6 +79,4 @@ def test_a_killed_worker_costs_at_most_the_item_in_its_hands():
         os.kill(victim, signal.SIGKILL)
         done += completed
     assert len(done) == 300 and {i for i, _ in done} == set(range(300))  # none lost, none twice
-    lost = [verdict for _, verdict in done if verdict.score != 1.0]
-    assert len(lost) <= 1
-    assert all(told.status == Status.ERROR and "died" in told.detail for told in lost)
+    assert all(verdict.score == 1.0 for _, verdict in done)
