@@ -32,6 +32,7 @@ REQUIREMENTS = [
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
     "pint>=0.24.4",
+    "pyarrow>=21.0",
     "reasoning-gym>=0.1.25,<0.2",
     "rich>=14.0",
     "safetensors>=0.6.2",
