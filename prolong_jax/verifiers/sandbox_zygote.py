@@ -193,9 +193,11 @@ def serve(settings: dict[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 2)
     more = True
     while more:
-        message, files, _, _ = socket.recv_fds(control, 1, 2, socket.MSG_CMSG_CLOEXEC)
+        message, files, _, _ = socket.recv_fds(control, 1, 2)
         if not message:
             return
+        for fd in files:
+            os.set_inheritable(fd, False)
         if tier == "A":
             checked(libc.setns(own, NEW_PIDS))  # undoes the next line of the run before
             checked(libc.unshare(NEW_PIDS))  # for children
