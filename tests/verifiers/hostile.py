@@ -158,18 +158,19 @@ ATTACKS = {
     ),
     "make very many processes": (
         "import os, time\ndef attack():\n    for i in range(1000):\n"
-        "        if os.fork() == 0: time.sleep(600)"
+        "        if os.fork() == 0: time.sleep(600); os._exit(0)"
     ),
     "leave a file": (
         "def attack():\n    open('/tmp/{mark}', 'w').write('left')\n    return False  # seen outside"
     ),
     "leave a daemon": (
         "import os, time\ndef attack():\n    if os.fork(): return False\n    os.setsid()\n"
-        "    if os.fork(): os._exit(0)\n    os.setsid()\n    time.sleep(600)"
+        "    if os.fork(): os._exit(0)\n    os.setsid()\n    time.sleep(600)\n    os._exit(0)"
     ),
     "leave many daemons": (
         "import os, time\ndef attack():\n    for _ in range(50):\n        if os.fork() == 0:\n"
-        "            os.setsid()\n            if os.fork(): os._exit(0)\n            time.sleep(600)\n"
+        "            os.setsid()\n            if os.fork(): os._exit(0)\n"
+        "            time.sleep(600)\n            os._exit(0)\n"
         "    return False"
     ),
 }
@@ -193,6 +194,7 @@ FAULTS = {  # in the second test alone, so 0.75
     "take memory in many processes": (
         "import os, time\n        for _ in range(9):\n            if os.fork() == 0:\n"
         "                b = bytearray(b'x') * (300 << 20)\n                time.sleep(60)\n"
+        "                os._exit(0)\n"
         "        time.sleep(60)"
     ),
     "write a flood of messages": (
