@@ -124,7 +124,9 @@ def probes(task: str, drawn: list[dict[str, Any]], marker: Path) -> list[tuple[s
             "salad": SALAD,
             "zero": "0",
             "nan": "nan",
-            "nans": json.dumps([float("nan")] * len(re.findall(r"[\d.]+", str(entry["answer"])))),
+            "nans": json.dumps(
+                [float("nan")] * max(1, len(re.findall(r"[\d.]+", str(entry["answer"]))))
+            ),
             "other": oracle(task, following),
             "shell": shell,
             "list": f"[{shell}]",

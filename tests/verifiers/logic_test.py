@@ -188,7 +188,7 @@ EXCEPTIONS = {
     "rotten_oranges": ("other", SMALL),
     "self_reference": ("other", SMALL),
     "shortest_path": ("other", "more than one entry is infeasible"),
-    "spell_backward": ("shell list", "pays for the letters that agree"),
+    "spell_backward": ("shell list equal", "pays for the letters that agree"),
     "sudoku": ("other", "pays for the cells that agree"),
     "time_intervals": ("other", NEAR),
 }
