@@ -15,7 +15,7 @@ import pytest
 from prolong_jax.verifiers import Status, Verdict, code, sandbox
 
 DATA = os.environ.get("PROLONG_TEST_DATA")
-pytestmark = pytest.mark.skipif(DATA is None, reason="needs PROLONG_TEST_DATA")
+pytestmark = pytest.mark.skipif(not DATA, reason="needs PROLONG_TEST_DATA")
 
 SAMPLE = pytest.param(13, id="sample")  # one row in 13
 WHOLE = pytest.param(1, id="whole", marks=pytest.mark.slow)

@@ -24,8 +24,6 @@ WAIT = (
     "```python\nimport os, time\ndef f(path):\n"
     "    while os.path.exists(path): time.sleep(0.01)\n    return 1\n```"
 )
-COUNTDOWN = {"answer": "2*3", "metadata": {"numbers": [2, 3], "target": 6, "expression": "2*3"}}
-TOWER = ("logic", "<answer>9**9**9**9</answer>", {"task": "countdown", "entry": COUNTDOWN})
 
 
 def sum_item(i: int, told: int | None = None):
@@ -71,7 +69,7 @@ def wait_until(condition, limit_s: float = 60.0) -> bool:
 
 @pytest.fixture
 def held():
-    """A file, and an item that is in the middle for as long as the file is there."""
+    """A file, and an item that is in the middle for as long as the file is there (in tier C)."""
     handle, name = tempfile.mkstemp()
     os.close(handle)
     tests = {"fn_name": "f", "inputs": [[name]], "outputs": [1], "time_limit_s": 600.0}
@@ -124,18 +122,19 @@ def test_workers_do_not_load_jax(shared_pool):
         assert "jaxlib" not in (Path("/proc") / str(pid) / "maps").read_text()
 
 
-def test_order_of_input_and_of_completion(shared_pool, held):
+def test_order_of_input_and_of_completion(held):
     file, item = held
     items = [item, *(sum_item(i, i + i % 2) for i in range(50))]
-    for i, item in enumerate(items):
-        shared_pool.submit(i, *item)
-    done = shared_pool.as_completed()
-    assert sorted(next(done)[0] for _ in range(50)) == list(range(1, 51))
-    file.unlink()
-    assert [(i, verdict.score) for i, verdict in done] == [(0, 1.0)]
     expected = [1.0] + [float(i % 2 == 0) for i in range(50)]
-    assert [verdict.score for verdict in shared_pool.score_all(items)] == expected
-    assert shared_pool.poll() == []
+    with Pool(2, time_limit_s=60.0, sandbox_tier="C") as ordered:
+        for i, item in enumerate(items):
+            ordered.submit(i, *item)
+        done = ordered.as_completed()
+        assert sorted(next(done)[0] for _ in range(50)) == list(range(1, 51))
+        file.unlink()
+        assert [(i, verdict.score) for i, verdict in done] == [(0, 1.0)]
+        assert [verdict.score for verdict in ordered.score_all(items)] == expected
+        assert ordered.poll() == []
 
 
 def test_odd_responses_and_references(shared_pool):
@@ -187,19 +186,19 @@ def test_deadlines_count_from_the_start_and_stuck_workers_are_replaced():
     """Four stuck items on two workers wait in front of good ones, which all score."""
     others = set(workers())
     with Pool(2, time_limit_s=1.0) as busy:
-        busy.check(["math", "code", "logic"])
+        busy.check(["math", "code"])
         before = set(workers()) - others
         start = time.monotonic()
-        verdicts = busy.score_all([LOOP, TOWER] * 2 + [sum_item(i) for i in range(40)])
+        verdicts = busy.score_all([LOOP] * 4 + [sum_item(i) for i in range(40)])
         wall_s = time.monotonic() - start
         assert [v.status for v in verdicts[:4]] == [Status.TIMEOUT] * 4
         assert [v.score for v in verdicts] == [0.0] * 4 + [1.0] * 40
         assert wall_s > 1.9
         assert not before & set(workers())
         row = busy.take_metrics()
-        assert row["verify/code/timeouts"] == 2 and row["verify/code/mean_score"] == 0.0
+        assert row["verify/code/timeouts"] == 4 and row["verify/code/mean_score"] == 0.0
         assert row["verify/math/count"] == 40 and row["verify/math/mean_score"] == 1.0
-        assert row["verify/logic/timeouts"] == 2 and row["verify/logic/errors"] == 0
+        assert row["verify/code/errors"] == row["verify/math/errors"] == 0
         assert row["time/verify_code_p50_s"] > 0.9 > row["time/verify_math_p50_s"]
         assert 30 <= row["verify/queue_depth"] <= 44
         assert busy.take_metrics() == {}

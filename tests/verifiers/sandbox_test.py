@@ -252,7 +252,7 @@ def test_the_best_tier_is_chosen(monkeypatch):
         with pytest.raises(ValueError, match="tier A does not run .*; tier B does not hold: a pro"):
             sandbox.choose_tier()
         assert sandbox._chosen == []
-        with pytest.raises(ValueError, match="allow rlimits only"):
+        with pytest.raises(ValueError, match="allow_rlimits_only"):
             sandbox.run_program("print()", [""], None, 20.0)
         assert sandbox.choose_tier(allow_rlimits_only=True) == "C"
         with pytest.raises(ValueError, match="expected one of A, B, C, got 'D'"):
