@@ -115,6 +115,10 @@ class SourceSettings:
 class DataSettings:
     sources: Mapping[str, SourceSettings] = field(default_factory=dict)  # none: the embedded tasks
     strict: bool = False  # stop at the first bad row instead of skipping it
+    # A prompt is passed over while the mean reward of its responses in this run is out of range.
+    min_mean_reward: float = 0.0
+    max_mean_reward: float = 1.0
+    mean_reward_after: int = 0  # responses before the range applies; 0: it never does
 
 
 @dataclass(frozen=True)
@@ -320,6 +324,15 @@ def check(run: RunConfig) -> None:
         wandb in ("off", "offline", "online"),
         f"'metrics.wandb' must be off, offline or online, got {wandb!r}.",
     )
+    ranges = {
+        f"data.sources.{name}": (source.min_pass_rate, source.max_pass_rate)
+        for name, source in run.data.sources.items()
+    } | {"data": (run.data.min_mean_reward, run.data.max_mean_reward)}
+    for where, (low, high) in ranges.items():
+        _require(
+            0 <= low <= high <= 1,
+            f"the range of rewards in {where!r} must lie in [0, 1], got [{low}, {high}].",
+        )
     for index, stage in enumerate(run.stages):
         _check_positive(for_stage(run, index))
         _check_sizes(for_stage(run, index))

@@ -35,7 +35,7 @@ from prolong_jax.config import (
     refuse_other,
     to_dict,
 )
-from prolong_jax.data.mixture import Position, Sources, next_prompts, open_sources
+from prolong_jax.data.mixture import Position, Sources, next_prompts, open_sources, record
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.evaluate import evaluate, held_out_prompts
 from prolong_jax.mesh import make_mesh, param_shardings, replicated
@@ -130,6 +130,8 @@ def train_step(
         timer,
     )
     refuse_broken_verifiers(sampled, run)
+    rewards = [(g.prompt.id, np.array(g.scores)[g.scored]) for g in sampled]
+    host.cursor.position = record(host.cursor.position, rewards, run.data)
 
     # Packed rows, with the logprobs of the policy as it is now and of the reference.
     score, update = programs(

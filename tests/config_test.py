@@ -50,6 +50,10 @@ def test_round_trip():
         ("loss.kl_coef=-1.0", "'loss.kl_coef' must be 0 or more"),
         ("optimizer.warmup_steps=-1", "'optimizer.warmup_steps' must be 0 or more"),
         ("stages.0.steps=0", "'stages.0' never ends"),
+        (
+            "data.max_mean_reward=-0.1",
+            "the range of rewards in 'data' must lie in [0, 1], got [0.0, -0.1]",
+        ),
         ("stages.1.overrides={'loss.beta': 1}", "names 'loss.beta'; expected a setting of"),
         ("stages.1.overrides={'rollout.group_size': 'x'}", "expects int, got 'x'"),
     ],

@@ -187,6 +187,7 @@ def test_a_run_on_a_file_goes_on_with_the_right_prompts(capsys, tmp_path, sums):
     """Two steps at once, and one after the other: the same prompts, all of the file."""
     sums["stages"] = [{"mixture": {"sums": 1.0}}]
     sums |= {"metrics__samples_per_step": 100, "rollout__dynamic_sampling": False}
+    sums |= {"data__mean_reward_after": 1}
     assert train.main(arguments(tmp_path / "once", **sums)) == 0
     assert "8 prompts from sums" in capsys.readouterr().out
     for steps in (1, 2):
@@ -196,6 +197,9 @@ def test_a_run_on_a_file_goes_on_with_the_right_prompts(capsys, tmp_path, sums):
     assert sorted(row["prompt"] for row in once) == sorted(
         f"What is {i} + 1? {math.PROMPT_SUFFIX}" for i in range(1, 9)
     )
+    (host,) = (tmp_path / "twice" / "checkpoints" / "2" / "host").glob("metadata")
+    position = json.loads(host.read_text())["cursor"]["position"]
+    assert sorted(count for _, count in position["rewards"].values()) == [4] * 8
 
 
 # --- bad input -----------------------------------------------------------------------------------

@@ -6,17 +6,16 @@ global order and takes its own share of it, so a run can go on with another numb
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from prolong_jax.config import RunConfig, SourceSettings, StageSettings, for_stage
+from prolong_jax.config import DataSettings, RunConfig, SourceSettings, StageSettings, for_stage
 from prolong_jax.data.procedural import make_prompt
 from prolong_jax.data.prompts import Prompt, Skipped
 from prolong_jax.data.readers import read, rows_of
 
 Stream = Callable[[int], Prompt]
-PassRates = Mapping[str, tuple[float, int]]  # prompt id: sum of rewards, number of them
 MAX_PASSED_OVER = 1000  # prompts of unwanted difficulty in a row, then one is taken all the same
 
 
@@ -43,6 +42,8 @@ class Position:
 
     drawn: int = 0  # prompts, by all processes
     cursors: Mapping[str, int] = field(default_factory=dict)  # draws from each source
+    # By prompt id, the sum and the number of its rewards; kept where `mean_reward_after` is set.
+    rewards: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 # --- loading -------------------------------------------------------------------------------------
@@ -107,6 +108,7 @@ class Sources:
 
     streams: Mapping[str, Stream] = field(default_factory=dict)
     shares: Mapping[str, tuple[str, float]] = field(default_factory=dict)  # domain and weight
+    settings: DataSettings = field(default_factory=DataSettings)
 
 
 def open_sources(run: RunConfig, num_tokens: Callable[[Prompt], int]) -> Sources:
@@ -132,7 +134,7 @@ def open_sources(run: RunConfig, num_tokens: Callable[[Prompt], int]) -> Sources
         print(f"{len(prompts)} prompts from {name}: {settings.path}")
     for stage in run.stages if streams else ():
         source_weights(stage.mixture, shares)
-    return Sources(streams, shares)
+    return Sources(streams, shares, run.data)
 
 
 def next_prompts(
@@ -141,7 +143,11 @@ def next_prompts(
     """The next training prompts of a stage, and the position behind them."""
     if sources.streams:
         weights = source_weights(stage.mixture, sources.shares)
-        return draw(position, count, sources.streams, weights, seed)
+
+        def is_wanted(prompt_id: str) -> bool:
+            return is_in_range(position, prompt_id, sources.settings)
+
+        return draw(position, count, sources.streams, weights, seed, is_wanted)
     drawn = range(position.drawn, position.drawn + count)
     prompts = [prompt_at(n, seed, stage.mixture, stage.levels) for n in drawn]
     return prompts, replace(position, drawn=position.drawn + count)
@@ -212,19 +218,28 @@ def draw(
                 break
         cursors[name] = cursor + 1
         mine += [prompt] if drawn % number == index else []
-    return mine, Position(position.drawn + count, cursors)
+    return mine, replace(position, drawn=position.drawn + count, cursors=cursors)
 
 
 # --- difficulty ----------------------------------------------------------------------------------
 
 
-def record(rates: PassRates, prompt_id: str, rewards: Sequence[float]) -> PassRates:
-    """The statistics with the rewards of one group added."""
-    total, count = rates.get(prompt_id, (0.0, 0))
-    return {**rates, prompt_id: (total + sum(rewards), count + len(rewards))}
+def record(
+    position: Position, rewards: Iterable[tuple[str, Sequence[float]]], settings: DataSettings
+) -> Position:
+    """The position with the raw rewards of groups, each with its prompt's id, added."""
+    if settings.mean_reward_after <= 0:
+        return position
+    known = dict(position.rewards)
+    for prompt_id, values in rewards:
+        total, count = known.get(prompt_id, (0.0, 0))
+        known[prompt_id] = (total + float(sum(values)), count + len(values))
+    return replace(position, rewards=known)
 
 
-def is_within(rates: PassRates, prompt_id: str, low: float, high: float, min_count: int) -> bool:
-    """Whether a prompt's mean reward lies in [low, high], or is known from too few samples."""
-    total, count = rates.get(prompt_id, (0.0, 0))
-    return count < max(1, min_count) or low <= total / count <= high
+def is_in_range(position: Position, prompt_id: str, settings: DataSettings) -> bool:
+    """Whether a prompt's mean reward is wanted, or is known from too few responses."""
+    total, count = position.rewards.get(prompt_id, (0.0, 0))
+    if count < max(1, settings.mean_reward_after):
+        return True
+    return settings.min_mean_reward <= total / count <= settings.max_mean_reward

@@ -1,17 +1,20 @@
 """The order of prompts: deterministic, dealt without gap or overlap, resumable, weights that change."""
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from prolong_jax.config import SourceSettings
+from prolong_jax.config import DataSettings, SourceSettings, StageSettings
 from prolong_jax.data.mixture import (
     Position,
+    Sources,
     draw,
-    is_within,
+    is_in_range,
     load,
+    next_prompts,
     prompt_at,
     record,
     source_weights,
@@ -104,12 +107,30 @@ def test_unwanted_prompts_are_passed_over():
 
 
 def test_online_statistics():
-    rates = record(record({}, "a", [1.0, 0.0]), "a", [1.0, 1.0])
-    assert rates == {"a": (3.0, 4)}
-    assert is_within(rates, "a", 0.1, 0.8, min_count=4)
-    assert not is_within(rates, "a", 0.1, 0.7, min_count=4)
-    assert not is_within(rates, "a", 0.8, 1.0, min_count=4)
-    assert is_within(rates, "a", 0.1, 0.7, min_count=5) and is_within(rates, "new", 0.5, 0.6, 0)
+    settings = DataSettings(mean_reward_after=4)
+    position = record(Position(7), [("a", [1.0, 0.0]), ("a", [1.0, 1.0]), ("b", [])], settings)
+    assert position == Position(7, {}, {"a": (3.0, 4), "b": (0.0, 0)})
+
+    def kept(low, high, prompt_id="a", after=4):
+        return is_in_range(position, prompt_id, DataSettings({}, False, low, high, after))
+
+    assert kept(0.1, 0.8) and not kept(0.1, 0.7) and not kept(0.8, 1.0)
+    assert kept(0.1, 0.7, after=5) and kept(0.5, 0.6, "new") and kept(0.5, 0.6, "b", after=0)
+    assert record(Position(), [("a", [1.0])], DataSettings()) == Position(), "off by default"
+
+
+def test_a_prompt_that_has_become_too_easy_is_passed_over():
+    """Also after a round trip through JSON, as in a checkpoint."""
+    settings = DataSettings(max_mean_reward=0.9, mean_reward_after=2)
+    shares = {"small": ("math", 1.0)}
+    sources = Sources({"small": streams()["small"]}, shares, settings)
+    stage = StageSettings(mixture={"math": 1.0})
+    position = record(Position(), [("small/1", [1.0, 1.0]), ("small/2", [1.0, 0.0])], settings)
+    restored = Position(**json.loads(json.dumps(dataclasses.asdict(position))))
+    for start in (position, restored):
+        found, end = next_prompts(sources, start, 30, seed=0, stage=stage)
+        assert set(ids(found)) == {"small/0", "small/2"}
+        assert end.rewards == start.rewards and end.drawn == 30
 
 
 def test_weights_by_source_and_by_domain():
