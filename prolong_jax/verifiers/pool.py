@@ -23,6 +23,7 @@ import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import fsum
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -297,7 +298,7 @@ def _summary(name: str, scorings: Sequence[tuple[Verdict, float]]) -> dict[str, 
     seconds = sorted(busy_s for _, busy_s in scorings)
     return {
         f"verify/{name}/count": len(scorings),
-        f"verify/{name}/mean_score": sum(scores) / max(1, len(scores)),
+        f"verify/{name}/mean_score": fsum(scores) / max(1, len(scores)),  # in any order
         f"verify/{name}/timeouts": sum(v.status == Status.TIMEOUT for v, _ in scorings),
         f"verify/{name}/errors": len(scorings) - len(scores),
         f"time/verify_{name}_p50_s": seconds[len(seconds) // 2],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -303,6 +304,12 @@ def test_workers_and_programs_die_with_a_killed_trainer(tmp_path):
     assert told == b"imported\n"
     assert wait_until(lambda: not any(map(is_running, pids)))
     assert list(tmp_path.iterdir()) == [script]
+
+
+def test_metrics_do_not_depend_on_the_order_of_completion():
+    scorings = [(Verdict(i / 7), i / 10) for i in range(8)]
+    rows = [pool._summary("code", random.Random(i).sample(scorings, 8)) for i in range(50)]
+    assert all(row == rows[0] for row in rows)
 
 
 def test_overhead_per_item_is_small(shared_pool):
