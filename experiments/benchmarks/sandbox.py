@@ -1,20 +1,15 @@
-"""Runs per second in the sandbox: python experiments/benchmarks/sandbox.py [--write]
+"""Runs per second in the sandbox: python -m experiments.benchmarks.sandbox [--write]
 
 Asked of tier A on two cores: at least 200 trivial runs a second, and 150 with the imports that are
 usual in contests. Two worker processes, median of three; --write makes the figures the baseline.
 """
 
-import argparse
-import json
 import multiprocessing
-import os
-import re
 import statistics
-import sys
 import time
 from multiprocessing.synchronize import Barrier
-from pathlib import Path
 
+from experiments.benchmarks.common import machine, report, wants_to_write
 from prolong_jax.verifiers import sandbox
 
 WORKERS, REPEATS, RUNS = 2, 3, 150
@@ -23,7 +18,7 @@ IMPORTS = (
     "import sys, math, re, random, string, json, functools, itertools, collections, heapq, bisect, "
     f"datetime, decimal, fractions\nfrom typing import List\n{TRIVIAL}"
 )
-LIMITS = {"A_trivial_per_s": 200.0, "A_imports_per_s": 150.0}
+LIMITS = {"A_trivial_per_s": ("at least", 200.0), "A_imports_per_s": ("at least", 150.0)}
 
 
 def work(tier: str, code: str, ready: Barrier) -> None:
@@ -55,36 +50,17 @@ def measure(tier: str, code: str) -> float:
     return statistics.median(rates)
 
 
-def machine() -> str:
-    """The CPU model and the number of cores, as a file name."""
-    model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    name = f"{model[1] if model else 'unknown cpu'} {os.cpu_count()} cores"
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--write", action="store_true", help="make the figures the baseline")
-    write = parser.parse_args().write
-    path = Path(__file__).parent / "baselines" / f"sandbox-{machine()}.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    print(
-        f"{machine()}, {WORKERS} workers, median of {REPEATS}; best tier {sandbox.choose_tier(True)}"
-    )
-    figures, missed = {}, False
-    for tier in sandbox.TIERS:
-        for name, code in (("trivial", TRIVIAL), ("imports", IMPORTS)):
-            key = f"{tier}_{name}_per_s"
-            figures[key] = round(measure(tier, code), 1)
-            line = f"{key:18} {figures[key]:8.1f}"
-            if key in LIMITS:
-                missed |= figures[key] < LIMITS[key]
-                line += f"   at least {LIMITS[key]:g}"
-            print(line + (f"   baseline {known[key]:.1f}" if key in known else ""), flush=True)
-    if write:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(figures, indent=2) + "\n")
-    sys.exit(missed)
+    write = wants_to_write(__doc__)
+    best = sandbox.choose_tier(allow_rlimits_only=True)
+    print(f"{machine()}, {WORKERS} workers, median of {REPEATS}; best tier {best}", flush=True)
+    programs = {"trivial": TRIVIAL, "imports": IMPORTS}
+    figures = {
+        f"{tier}_{name}_per_s": measure(tier, code)
+        for tier in sandbox.TIERS
+        for name, code in programs.items()
+    }
+    raise SystemExit(0 if report("sandbox", figures, LIMITS, write) else 1)
 
 
 if __name__ == "__main__":

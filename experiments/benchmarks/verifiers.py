@@ -1,4 +1,4 @@
-"""Throughput of the verifier pool: python experiments/benchmarks/verifiers.py [--write]
+"""Throughput of the verifier pool: python -m experiments.benchmarks.verifiers [--write]
 
 Asked of two cores: at least 800 mathematical verifications a second on GSM8K answers, and less than
 1 ms of wall time per trivial item. Prints each figure (the median of three runs) beside the limit
@@ -6,33 +6,22 @@ and the baseline of this kind of machine in baselines/; --write makes the figure
 answers are those of GSM8K's labelled model solutions in the folder PROLONG_TEST_DATA, else made up.
 """
 
-import argparse
 import json
 import os
 import random
-import re
 import statistics
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
+from experiments.benchmarks.common import machine, report, wants_to_write
 from prolong_jax.verifiers.pool import Pool, Request
 
 WORKERS = 2
 RUNS = 3
-BASELINES = Path(__file__).parent / "baselines"
-LIMITS = {  # name: (at least or at most, the number)
+LIMITS = {
     "gsm8k_per_s": ("at least", 800.0),
     "overhead_ms": ("at most", 1.0),
 }
-
-
-def machine() -> str:
-    """The CPU model and the number of cores, as a file name."""
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
-    name = f"{model[1] if model else 'unknown cpu'} {os.cpu_count()} cores"
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
 def math_request(answer: str, gold: str) -> Request:
@@ -91,35 +80,10 @@ def measure() -> dict[str, float]:
         }
 
 
-def report(figures: Mapping[str, float], baseline: Mapping[str, float]) -> bool:
-    """Prints a line per figure; says whether all keep their limits."""
-    kept = True
-    for name, figure in figures.items():
-        line = f"{name:16} {figure:10.3f}"
-        if name in LIMITS:
-            kind, limit = LIMITS[name]
-            good = figure >= limit if kind == "at least" else figure <= limit
-            kept = kept and good
-            line += f"   {kind} {limit:g}: {'kept' if good else 'MISSED'}"
-        if name in baseline:
-            line += f"   baseline {baseline[name]:.3f}, x{figure / baseline[name]:.2f}"
-        print(line)
-    return kept
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="make the figures the baseline")
-    write = parser.parse_args().write
-    path = BASELINES / f"{machine()}.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    write = wants_to_write(__doc__)
     print(f"{machine()}, {WORKERS} workers, median of {RUNS}")
-    figures = measure()
-    kept = report(figures, known.get("verifiers", {}))
-    if write:
-        rounded = {name: float(f"{figure:.4g}") for name, figure in figures.items()}
-        path.write_text(json.dumps(known | {"verifiers": rounded}, indent=2) + "\n")
-    raise SystemExit(0 if kept else 1)
+    raise SystemExit(0 if report("verifiers", measure(), LIMITS, write) else 1)
 
 
 if __name__ == "__main__":
