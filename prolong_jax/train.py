@@ -130,7 +130,7 @@ def train_step(
         timer,
     )
     refuse_broken_verifiers(sampled, run)
-    rewards = [(g.prompt.id, np.array(g.scores)[g.scored]) for g in sampled]
+    rewards = [(g.prompt.id, np.array(g.scores)[g.scored].tolist()) for g in sampled]
     host.cursor.position = record(host.cursor.position, rewards, run.data)
 
     # Packed rows, with the logprobs of the policy as it is now and of the reference.

@@ -233,7 +233,7 @@ def record(
     known = dict(position.rewards)
     for prompt_id, values in rewards:
         total, count = known.get(prompt_id, (0.0, 0))
-        known[prompt_id] = (total + float(sum(values)), count + len(values))
+        known[prompt_id] = (total + sum(values), count + len(values))
     return replace(position, rewards=known)
 
 

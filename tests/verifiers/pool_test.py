@@ -131,7 +131,7 @@ def test_order_of_input_and_of_completion(held):
         for i, item in enumerate(items):
             ordered.submit(i, *item)
         done = ordered.as_completed()
-        assert sorted(next(done)[0] for _ in range(50)) == list(range(1, 51))
+        assert {next(done)[0] for _ in range(50)} == set(range(1, 51))
         file.unlink()
         assert [(i, verdict.score) for i, verdict in done] == [(0, 1.0)]
         assert [verdict.score for verdict in ordered.score_all(items)] == expected
