@@ -1,12 +1,13 @@
 """Confined child processes for programs of responses, and for scorers that evaluate their text.
 
-A zygote (`sandbox_zygote.py`) forks a child per run. In every tier a run has rlimits (CPU, 1 GiB of
+A zygote (`sandbox_zygote.py`) forks a child per run. In every tier a run has rlimits (CPU, 2 GiB of
 data, file size, processes, files), 2 GiB for all its processes, no environment, an empty working
 folder, no new privileges, and another uid if this process is root; all of it ends with the run.
 
 - A: in bubblewrap: no files but libraries, no network, no /proc; per run fresh process, mount and IPC
   namespaces, 64 MiB of /tmp, no capabilities, and a filter of system calls (seccomp).
-- B: landlock (reads libraries, writes nothing) and seccomp (no sockets, signals only to itself).
+- B: landlock (reads libraries, writes nothing) and seccomp (no sockets, signals only to itself, no
+  changes to files and processes).
 - C: no more than the above. This is NOT a sandbox, and refused unless asked for.
 
 NOT covered: faults of the kernel behind the calls that seccomp lets pass; CPU time taken from
@@ -44,7 +45,7 @@ TIERS = {
 MAX_OUTPUT_BYTES = 32 << 20
 MAX_RUN_BYTES = 2 << 30  # resident, of all processes of a run
 WATCH_S = 0.05  # between looks at that
-START_LIMIT_S, STOP_LIMIT_S = 120.0, 20.0  # of a zygote; not part of a run's time
+START_LIMIT_S, STOP_LIMIT_S = 120.0, 20.0  # of a zygote or a run; not part of a run's time
 
 # What programs in contests import; their zygote has it loaded.
 PROGRAM_MODULES = """
@@ -81,29 +82,31 @@ def run_program(
     Args:
       code: Python source with the standard library only.
       inputs: argument lists of `fn_name`, or texts for standard input where that is None.
-      time_limit_s: wall seconds for all of it.
+      time_limit_s: wall seconds for all of it, from the start of its execution.
 
     Raises:
-      OSError: no confined process can be had.
+      OSError: no confined process can be had, or it was killed from outside.
       ValueError: no tier was chosen and only C is left.
     """
-    run, first = ProgramRun(), 0
-    _zygote("")
-    deadline = time.monotonic() + time_limit_s
+    run, first, left_s = ProgramRun(), 0, time_limit_s
     while first < len(inputs):
-        messages, in_time = _request("", ("program", code, fn_name, inputs, first), deadline)
-        seen = [index for index in range(len(inputs)) if str(index) in messages]
+        reply = _request("", ("program", code, fn_name, inputs, first), left_s)
+        messages, left_s = reply.messages, reply.left_s
+        seen = [index for index in range(first, len(inputs)) if str(index) in messages]
         for index in seen:
             with suppress(ValueError, RecursionError):  # "" where the test raised
                 run.values[index] = json.loads(messages[str(index)])
-        if not in_time or "E" in messages:
-            run.timed_out = not in_time
+        if left_s <= 0 or "E" in messages:
+            run.timed_out = left_s <= 0
             return run
         if "S" not in messages:
             kind = "syntax error" if "C" in messages else "failed before the first test"
             run.problem = f"{kind} {messages.get('C', messages.get('L', ''))}".strip()
             return run
-        first = max(seen, default=first - 1) + 2  # the one after the last reported has crashed
+        if reply.is_full and seen:
+            first = max(seen) + 1
+        else:
+            first = max(seen, default=first - 1) + 2  # the one after the last reported has crashed
     return run
 
 
@@ -124,18 +127,17 @@ def call(function: str, arguments: list[Any], time_limit_s: float) -> Outcome:
     """
     module = function.partition(":")[0]
     try:
-        _zygote(module)
-        deadline = time.monotonic() + time_limit_s
-        messages, in_time = _request(module, ("call", function, json.dumps(arguments)), deadline)
+        reply = _request(module, ("call", function, json.dumps(arguments)), time_limit_s)
     except OSError as problem:
         return Outcome(failed=str(problem))
+    messages = reply.messages
     with suppress(ValueError, RecursionError):
         if "V" in messages:
             return Outcome(json.loads(messages["V"]))
         if "X" in messages:
             kind, text = json.loads(messages["X"])
             return Outcome(raised=(kind, text))
-    if not in_time:
+    if reply.left_s <= 0:
         return Outcome(timed_out=True)
     return Outcome(raised=("", "the process ended without a value"))
 
@@ -145,12 +147,17 @@ def call(function: str, arguments: list[Any], time_limit_s: float) -> Outcome:
 # The names of the attempts that succeed, which are those that do not raise.
 _PROBE = """
 import ctypes, os, socket
-libc = ctypes.CDLL(None)
+libc = ctypes.CDLL(None, use_errno=True)
 def demand(success):
     if not success: raise OSError
 ATTEMPTS = {
     "reads files of the user": lambda at: open(at["file"]).read(),
     "writes files": lambda at: open(at["folder"] + "/written", "w"),
+    "changes files": lambda at: os.chmod(at["file"], 0o666),
+    "widens its rules": lambda at: demand(any(
+        libc.syscall(445, fd, 1, bytes(16), 0) == 0 or ctypes.get_errno() == 42 for fd in range(64)
+    )),
+    "shares memory": lambda at: __import__("mmap").mmap(-1, 4096),
     "connects sockets": lambda at: socket.create_connection(("127.0.0.1", at["port"]), 5),
     "signals the caller": lambda at: os.kill(at["pid"], 0),
     "sets core_pattern": lambda at: os.open("/proc/sys/kernel/core_pattern", os.O_WRONLY),
@@ -220,7 +227,8 @@ def self_test() -> str:
         with tempfile.TemporaryDirectory() as folder, socket.create_server(("", 0)) as server:
             os.chmod(folder, 0o777)
             Path(folder, "file").write_text("for everybody")
-            at = {"file": f"{folder}/file", "folder": folder, "pid": os.getpid()}
+            pid = os.getpid() if os.getpid() > 2 else 1 << 22  # a run has its own 1 and 2 in tier A
+            at = {"file": f"{folder}/file", "folder": folder, "pid": pid}
             at |= {"port": server.getsockname()[1], "memory": MAX_RUN_BYTES}
             escapes = run_program(_PROBE, [[at]], "escapes", START_LIMIT_S).values.get(0)
         run_program("print()", [""], None, START_LIMIT_S)
@@ -270,19 +278,28 @@ def _zygote(module: str) -> "_Zygote":
         return _zygotes[module]
 
 
-def _request(module: str, task: tuple[Any, ...], deadline: float) -> tuple[dict[str, str], bool]:
-    """The messages of one run by kind, the first of a kind; and whether it ended in time."""
+@dataclass(frozen=True)
+class _Reply:
+    """What one run wrote."""
+
+    messages: dict[str, str]  # by kind, the first of a kind
+    left_s: float  # of its time; 0 where it did not end in time
+    is_full: bool  # ended because it wrote too much
+
+
+def _request(module: str, task: tuple[Any, ...], limit_s: float) -> _Reply:
+    """One run; a second one where the first did not begin, or lost its zygote."""
     token, data = secrets.token_hex(16), b""
-    cpu_s = int(max(0.0, deadline - time.monotonic())) + 1
-    for _ in range(2):  # the zygote may be dying
+    whole = marshal.dumps((token, int(limit_s) + 1, *task))
+    for _ in range(2):
         with _lock:
-            whole = marshal.dumps((token, cpu_s, *task))
-            data, in_time = _zygote(module).run(whole, f"{token} E ".encode(), deadline)
+            data, left_s, ended_well = _zygote(module).run(whole, f"{token} E ".encode(), limit_s)
         lines = re.findall(rb"%s (\S+) (.*)\n" % token.encode(), data)
         found = {kind.decode(): text.decode("utf-8", "replace") for kind, text in reversed(lines)}
-        if "B" in found or not in_time:
-            return found, in_time
-    raise OSError(f"the sandbox cannot start a run: {data[:500].decode(errors='replace')!r}")
+        if "B" in found and (ended_well or _chosen == ["C"]):  # in C a run can kill its zygote
+            return _Reply(found, left_s, len(data) > MAX_OUTPUT_BYTES)
+    told = data[:500].decode(errors="replace")
+    raise OSError(f"the sandbox cannot start a run, or lost it: {told!r}")
 
 
 class _Zygote:
@@ -313,8 +330,11 @@ class _Zygote:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def run(self, task: bytes, end: bytes, deadline: float) -> tuple[bytes, bool]:
-        """What one run wrote up to the end mark, the end of the pipe or a cap; and if in time."""
+    def run(self, task: bytes, end: bytes, limit_s: float) -> tuple[bytes, float, bool]:
+        """What one run wrote up to the end mark, the end of the pipe or a cap.
+
+        Also the seconds left to it, 0 if it was not done in time, and whether all of it was ended.
+        """
         read_fd, write_fd = os.pipe()
         with open(read_fd, "rb", buffering=0):
             with open(write_fd, "wb", buffering=0), open(os.memfd_create("task"), "w+b") as file:
@@ -324,12 +344,12 @@ class _Zygote:
                     socket.send_fds(self._control, [b"r"], [file.fileno(), write_fd])
                 except OSError:
                     self.close()
-                    return b"", True
-            try:
-                return self._read(read_fd, end, deadline)
-            finally:
-                if not self._confirmed(b"."):
-                    self.close()
+                    return b"", limit_s, False
+            data, left_s = self._read(read_fd, end, limit_s)
+            ended_well = self._confirmed(b".")
+            if not ended_well:
+                self.close()
+            return data, left_s, ended_well
 
     def close(self) -> None:
         """Ends the zygote: by itself, after what it runs, or else by force."""
@@ -347,9 +367,11 @@ class _Zygote:
             return bool(self._control.recv(1))
         return False
 
-    def _read(self, fd: int, end: bytes, deadline: float) -> tuple[bytes, bool]:
-        poller = select.poll()
-        poller.register(fd, select.POLLIN)
+    def _read(self, fd: int, end: bytes, limit_s: float) -> tuple[bytes, float]:
+        """The run's time begins with the first byte from it."""
+        poller, deadline = select.poll(), time.monotonic() + START_LIMIT_S
+        for each in (fd, self._control.fileno()):
+            poller.register(each, select.POLLIN)
         data, chunk, look = bytearray(), b"?", time.monotonic() + WATCH_S
         while chunk and len(data) <= MAX_OUTPUT_BYTES and end not in data[-len(chunk) - len(end) :]:
             now = time.monotonic()
@@ -359,11 +381,15 @@ class _Zygote:
                 if sum(max(0, size) for size in extra) > MAX_RUN_BYTES:
                     break
             if now >= deadline:
-                return bytes(data), False
-            if poller.poll(1000 * (min(deadline, look) - now)):
+                return bytes(data), 0.0
+            ready = dict(poller.poll(1000 * (min(deadline, look) - now)))
+            if ready and fd not in ready:
+                break  # the zygote has died
+            if ready:
                 chunk = os.read(fd, 1 << 16)
+                deadline = deadline if data else time.monotonic() + limit_s
                 data += chunk
-        return bytes(data), True
+        return bytes(data), max(1e-3, deadline - time.monotonic())
 
 
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

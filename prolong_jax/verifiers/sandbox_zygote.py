@@ -34,9 +34,9 @@ from typing import Any
 
 LIMITS = {  # of a run, beside the one on CPU seconds
     resource.RLIMIT_AS: (4 << 30) - 1,  # threads reserve much that they never touch
-    resource.RLIMIT_DATA: 1 << 30,
+    resource.RLIMIT_DATA: 2 << 30,
     resource.RLIMIT_FSIZE: 16 << 20,
-    resource.RLIMIT_NPROC: 128,  # of the uid (tier A: in the sandbox)
+    resource.RLIMIT_NPROC: 128,  # of the uid (tier A: in the sandbox), beside what it has
     resource.RLIMIT_NOFILE: 64,
     resource.RLIMIT_CORE: 0,
 }
@@ -45,13 +45,13 @@ MAX_VALUE_CHARS = 1 << 22
 FIRST_UID, FEW_UIDS = 200_000, (20_000, 40_000)
 
 SYSTEM = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
-DEVICES = ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"]
+DEVICES = ["/dev/null", "/dev/urandom", "/dev/random"]  # not zero, which is memory to share
 
 SET_SECCOMP, SET_SUBREAPER, NO_NEW_PRIVS = 22, 36, 38  # of prctl
 NEW_MOUNTS, NEW_IPC, NEW_PIDS, ANY_NAMESPACE = 0x20000, 0x8000000, 0x20000000, 0x7E020000
 BIND, RECURSIVE, PRIVATE, NO_SUID_NO_DEVICES = 4096, 16384, 1 << 18, 6  # of mount
 
-# System calls with their numbers on x86_64 and aarch64. These end in EPERM:
+# System calls with their numbers on x86_64 and aarch64 (-: none). These end in EPERM:
 DENIED = """
 ptrace 101 117, process_vm_readv 310 270, process_vm_writev 311 271, kcmp 312 272, bpf 321 280,
 mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, unshare 272 97, setns 308 268,
@@ -65,9 +65,24 @@ move_pages 279 239, personality 135 92, memfd_create 319 279, memfd_secret 447 4
 shmget 29 194, semget 64 190, msgget 68 186, tkill 200 130, rt_sigqueueinfo 129 138,
 rt_tgsigqueueinfo 297 240, pidfd_send_signal 424 424, pidfd_getfd 438 438, process_madvise 440 440
 """
-# Tier B has no pid namespace: all of a run stays in its process group, and signals only itself.
-DENIED_IN_B = "setsid 112 157, setpgid 109 154"
+# Tier B has no namespaces: all of a run stays in its process group, signals only itself, and changes
+# nothing of files, processes and messages that landlock leaves open.
+DENIED_IN_B = """
+setsid 112 157, setpgid 109 154, setpriority 141 140, ioprio_set 251 30, sched_setparam 142 118,
+sched_setscheduler 144 119, sched_setattr 314 274, sched_setaffinity 203 122, migrate_pages 256 238,
+chmod 90 -, fchmod 91 52, fchmodat 268 53, fchmodat2 452 452, chown 92 -, fchown 93 55,
+lchown 94 -, fchownat 260 54, utime 132 -, utimes 235 -, futimesat 261 -, utimensat 280 88,
+setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, setxattrat 463 463, removexattr 197 14,
+lremovexattr 198 15, fremovexattr 199 16, removexattrat 466 466, file_setattr 469 469,
+truncate 76 45, shmat 30 196, shmctl 31 195, semop 65 193, semtimedop 220 192, semctl 66 191,
+msgsnd 69 189, msgrcv 70 188, msgctl 71 187, mq_unlink 241 181, mq_timedsend 242 182,
+mq_timedreceive 243 183
+"""
 SELF_ONLY_IN_B = "kill 62 129, tgkill 234 131, prlimit64 302 261"
+# Refused where the second argument is one of these: owners of files get signals.
+SET_OWNER_IN_B = [("fcntl 72 25", (8, 10, 15)), ("ioctl 16 29", (0x8901, 0x8902))]
+SOCKETPAIR, NO_STREAM = "socketpair 53 199", 0xE  # bits of other types, which can be addressed
+MMAP, SHARED, ANONYMOUS = "mmap 9 222", 1, 32  # of which no limit would know
 CLONE, CLONE3 = "clone 56 220", "clone3 435 435"
 MACHINES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column, audit number
 LOAD, IF_EQUAL, IF_ABOVE, IF_ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # of classic BPF
@@ -172,6 +187,7 @@ def serve(settings: dict[str, Any]) -> None:
     A run lasts until the next byte comes; a byte goes back when nothing of it is left.
     """
     tier, ruleset = settings["tier"], -1
+    is_alone = tier == "A" or os.getuid() != settings["uid"]  # among processes of its uid
     if tier == "A":
         checked(libc.mount(None, b"/", None, RECURSIVE | PRIVATE, None))
     else:
@@ -188,7 +204,8 @@ def serve(settings: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.collect()
     gc.freeze()
-    control, own = socket.socket(fileno=0), os.pidfd_open(os.getpid())
+    control = socket.socket(fileno=0)
+    own = os.pidfd_open(os.getpid()) if tier == "A" else -1
     control.send(b"+")
     os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 2)
     more = True
@@ -203,17 +220,21 @@ def serve(settings: dict[str, Any]) -> None:
             checked(libc.unshare(NEW_PIDS))  # for children
         pid = os.fork()
         if not pid:
-            begin(tier, files, ruleset)
+            if tier == "A":
+                os.close(own)
+            begin(tier, files, ruleset, is_alone)
         for fd in files:
             os.close(fd)
         more = control.recv(1)
-        end(pid, tier, os.getuid() != settings["uid"])
+        end(pid, tier, is_alone)
         control.send(b"+")
 
 
-def begin(tier: str, files: list[int], ruleset: int) -> None:
+def begin(tier: str, files: list[int], ruleset: int, is_alone: bool) -> None:
     """The life of a new child; never returns."""
     try:
+        if not is_alone:
+            LIMITS[resource.RLIMIT_NPROC] += number_of_tasks(os.getuid())
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         if tier == "A":
             enter_namespaces()
@@ -263,6 +284,16 @@ def enter_namespaces() -> None:
             os._exit(0)
 
 
+def number_of_tasks(uid: int) -> int:
+    """The processes and threads of a uid that can be seen."""
+    number = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if process.stat().st_uid == uid:
+                number += len(os.listdir(process / "task"))
+    return number
+
+
 def run(tier: str, task_fd: int, result_fd: int, ruleset: int) -> None:
     """One request: reads the task, confines itself, runs, writes messages."""
     with open(task_fd, "rb") as file:
@@ -293,6 +324,7 @@ def confine(tier: str, cpu_s: int, ruleset: int) -> None:
     checked(libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0))
     if tier == "B":
         checked(libc.syscall(446, ruleset, 0))  # landlock_restrict_self
+        os.close(ruleset)  # or the run could add to the rules of later ones
     if tier != "C":
         program = seccomp_program(os.uname().machine, os.getpid() if tier == "B" else 0)
         code = ctypes.create_string_buffer(program, len(program))
@@ -305,7 +337,10 @@ def landlock_ruleset(paths: list[str]) -> int:
     execute, write, read, list_folder = 1, 2, 4, 8
     version = checked(libc.syscall(444, None, 0, 1))
     handled = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
-    ruleset = checked(libc.syscall(444, struct.pack("=Q", handled), 8, 0))
+    attributes = struct.pack("=Q", handled)
+    if version >= 6:  # neither abstract sockets nor signals outside
+        attributes = struct.pack("=QQQ", handled, 0, 3)
+    ruleset = checked(libc.syscall(444, attributes, len(attributes), 0))
     for path in filter(os.path.exists, [*paths, *DEVICES]):
         access = read | (write if path in DEVICES else execute)
         access |= list_folder if os.path.isdir(path) else 0
@@ -322,10 +357,12 @@ def seccomp_program(machine: str, own_pid: int) -> bytes:
         return struct.pack("=HBBI", code, if_true, if_false, value)
 
     def numbers(table: str) -> list[int]:
-        return [int(row.split()[column]) for row in table.split(",")]
+        found = [row.split()[column] for row in table.split(",")]
+        return [int(number) for number in found if number != "-"]
 
     column, audit = MACHINES[machine]
     refuse, allow, first_argument = step(RETURN, EPERM), step(RETURN, ALLOW), step(LOAD, 16)
+    second_argument, flags_of_mmap = step(LOAD, 24), step(LOAD, 40)
     steps = [step(LOAD, 4), step(IF_EQUAL, audit, 1), step(RETURN, KILL)]
     steps += [step(LOAD, 0), step(IF_ABOVE, 1 << 30, 0, 1), step(RETURN, KILL)]  # x32 numbers
     for number in numbers(DENIED) + (numbers(DENIED_IN_B) if own_pid else []):
@@ -334,9 +371,19 @@ def seccomp_program(machine: str, own_pid: int) -> bytes:
     steps += [step(IF_EQUAL, numbers(CLONE3)[0], 0, 1), step(RETURN, ENOSYS)]
     steps += [step(IF_EQUAL, numbers(CLONE)[0], 0, 4), first_argument]
     steps += [step(IF_ANY_BIT, ANY_NAMESPACE, 0, 1), refuse, allow]
+    steps += [step(IF_EQUAL, numbers(MMAP)[0], 0, 5), flags_of_mmap, step(IF_ANY_BIT, SHARED, 0, 2)]
+    steps += [step(IF_ANY_BIT, ANONYMOUS, 0, 1), refuse, allow]
     for number in numbers(SELF_ONLY_IN_B) if own_pid else []:
         steps += [step(IF_EQUAL, number, 0, 5), first_argument, step(IF_EQUAL, 0, 2)]
         steps += [step(IF_EQUAL, own_pid, 1), refuse, allow]
+    for call, values in SET_OWNER_IN_B if own_pid else []:
+        steps += [step(IF_EQUAL, numbers(call)[0], 0, 2 * len(values) + 2), second_argument]
+        for value in values:
+            steps += [step(IF_EQUAL, value, 0, 1), refuse]
+        steps += [allow]
+    if own_pid:
+        steps += [step(IF_EQUAL, numbers(SOCKETPAIR)[0], 0, 4), second_argument]
+        steps += [step(IF_ANY_BIT, NO_STREAM, 0, 1), refuse, allow]
     return b"".join([*steps, allow])
 
 
@@ -391,15 +438,31 @@ def call(namespace: dict[str, Any], name: str, arguments: list[Any]) -> Any:
 
 
 def run_script(program: types.CodeType, text: str, stdin: int, stdout: int) -> str:
-    """What a program prints that reads the text from standard input."""
+    """What a program prints that reads the text from standard input, in a process of its own."""
     for target, fd, content in ((0, stdin, text.encode()), (1, stdout, b"")):
         os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_SET))
         with open(fd, "wb", closefd=False) as file:
             file.write(content)
         os.lseek(fd, 0, os.SEEK_SET)
         os.dup2(fd, target)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+    pid = os.fork()
+    if not pid:
+        try:
+            be_script(program)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if os.waitpid(pid, 0)[1] != 0:
+        raise ChildProcessError("the program failed")
+    os.lseek(stdout, 0, os.SEEK_SET)
+    with open(stdout, "rb", closefd=False) as file:
+        return file.read().decode("utf-8", "replace")
+
+
+def be_script(program: types.CodeType) -> None:
+    """Runs a program as the main module, and ends as an interpreter does."""
+    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)
+    sys.stdout = sys.__stdout__ = stdout = open(1, "w", encoding="utf-8", closefd=False)
     try:
         execute(program, "__main__")
     except SystemExit as problem:
@@ -409,10 +472,11 @@ def run_script(program: types.CodeType, text: str, stdin: int, stdout: int) -> s
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    os.lseek(stdout, 0, os.SEEK_SET)
-    with open(stdout, "rb", closefd=False) as file:
-        return file.read().decode("utf-8", "replace")
+    sys.modules["__main__"].__dict__.clear()
+    gc.collect()  # writes what open files hold back
+    for file in (sys.stdout, stdout):
+        with suppress(AttributeError, ValueError):  # no file, or closed
+            file.flush()
 
 
 if __name__ == "__main__":

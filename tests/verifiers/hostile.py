@@ -139,6 +139,34 @@ ATTACKS = {
         LIBC + "def attack(): return system_call(29, 0x70726f6c, 4096, 0o1666)"
     ),
     "take much memory": "def attack(): return bytearray(3 << 30)",
+    "share memory": "import mmap\ndef attack(): return mmap.mmap(-1, 3 << 30)",
+    "share memory of a device": (
+        "import mmap\ndef attack(): return mmap.mmap(open('/dev/zero', 'r+b').fileno(), 3 << 30)"
+    ),
+    "widen the rules of later runs": (
+        LIBC + "import struct\ndef attack():\n    root = os.open('/', os.O_PATH)\n"
+        "    rule = struct.pack('=Qi', 4, root)\n"
+        "    return any(system_call(445, fd, 1, rule, 0) for fd in range(64))"
+    ),
+    "change the mode of a file": "import os\ndef attack(): return os.chmod('{file}', 0o666)",
+    "change the times of a file": "import os\ndef attack(): return os.utime('{file}', (0, 0))",
+    "get a signal sent by a pipe": (
+        "import fcntl, os\ndef attack():\n    end, _ = os.pipe()\n"
+        "    fcntl.fcntl(end, fcntl.F_SETOWN, {pid})\n    return fcntl.fcntl(end, 10, 9)"
+    ),
+    "send to an abstract socket": (
+        "import socket\ndef attack():\n"
+        "    ours, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
+        "    return ours.sendto(b'x', '\\0{mark}{pid}d')"
+    ),
+    "slow the parent": (
+        "import os\ndef attack():\n    os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)\n"
+        "    return os.getppid() != 1"
+    ),
+    "bind the parent to a core": (
+        "import os\ndef attack():\n    os.sched_setaffinity(os.getppid(), {0})\n"
+        "    return os.getppid() != 1"
+    ),
     "take more memory files than fit": (
         "import os\ndef attack():\n"
         "    held = [os.memfd_create('x') for _ in range(50)]\n"
@@ -187,10 +215,6 @@ FAULTS = {  # in the second test alone, so 0.75
     "kill itself": "import os; os.kill(os.getpid(), 9)",
     "return a flood": "return 'x' * (100 << 20)",
     "return an endless nest": "a = []; a.append(a); return a",
-    "share much memory": (
-        "import mmap\n        m = mmap.mmap(-1, 5 << 29)\n"
-        "        for i in range(0, 5 << 29, 4096): m[i] = 1\n        import time; time.sleep(60)"
-    ),
     "take memory in many processes": (
         "import os, time\n        for _ in range(9):\n            if os.fork() == 0:\n"
         "                b = bytearray(b'x') * (300 << 20)\n                time.sleep(60)\n"
@@ -306,7 +330,10 @@ def victim() -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("", 0)) as server:
         os.chmod(folder, 0o777)
         Path(folder, "file").write_text(SECRET)
-        with socket.socket(socket.AF_UNIX) as named, socket.socket(socket.AF_UNIX) as abstract:
+        datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        named, abstract = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+        with named, abstract, datagrams:
+            datagrams.bind(f"\0{MARK}{os.getpid()}d")
             named.bind(f"{folder}/socket")
             os.chmod(f"{folder}/socket", 0o777)
             abstract.bind(f"\0{MARK}{os.getpid()}")

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from prolong_jax.verifiers import sandbox
 from tests.verifiers import hostile
 
 HEAVY = {  # seconds each: gigabytes of memory, hundreds of megabytes of output
-    "share much memory",
     "take memory in many processes",
     "write a flood of messages",
     "return a flood",
@@ -193,6 +193,54 @@ def test_a_killed_zygote_is_replaced(tier):
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert values("def f(x): return x", 2) == [2]
     assert sandbox.zygote_pids() and pid not in sandbox.zygote_pids()
+
+
+def signal_later(number: int, seconds: float) -> threading.Thread:
+    (pid,) = sandbox.zygote_pids()
+    thread = threading.Timer(seconds, os.kill, (pid, number))
+    thread.start()
+    return thread
+
+
+def test_a_zygote_that_is_killed_in_a_run_costs_nothing(tier):
+    """The run is repeated; where that one is lost too it is an error, never the program's fault."""
+    slow = "import time\ndef f(x):\n    time.sleep(1)\n    return x"
+    if tier == "C":
+        pytest.skip("a run in tier C can kill its zygote itself")
+    assert values("def f(x): return x", 1) == [1]
+    signal_later(signal.SIGKILL, 0.3)
+    assert values(slow, 2) == [2]
+    stop = threading.Event()
+
+    def kill_all() -> None:
+        while not stop.wait(0.3):
+            for pid in sandbox.zygote_pids():
+                os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_all)
+    killer.start()
+    with pytest.raises(OSError, match="cannot start a run, or lost it|did not start"):
+        values("import time\ndef f(x):\n    time.sleep(30)\n    return x", 3, time_limit_s=60.0)
+    stop.set()
+    killer.join()
+
+
+def test_the_time_of_a_run_begins_with_the_run(tier):
+    assert values("def f(x): return x", 1) == [1]
+    (pid,) = sandbox.zygote_pids()
+    os.kill(pid, signal.SIGSTOP)
+    resumed = signal_later(signal.SIGCONT, 1.5)
+    assert values("def f(x): return x", 2, time_limit_s=1.0) == [2]
+    resumed.join()
+
+
+def test_the_self_test_passes_where_the_caller_is_the_first_process(tier, monkeypatch):
+    if tier == "C":
+        pytest.skip("tier C does not pass it")
+    for pid in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(sandbox.os, "getpid", lambda pid=pid: pid)
+            assert sandbox.self_test() == ""
 
 
 OWNER = """
