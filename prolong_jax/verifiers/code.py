@@ -367,7 +367,9 @@ def _test(node: ast.expr) -> tuple[str, str, Sequence[float]]:
             ast.Not(), ast.Call(ast.Name(), arguments, [])
         ):
             _ = [_constant(argument) for argument in arguments]
-            return f"not not {ast.unparse(node)}", spelled(True), TOLERANCE
+            negated = isinstance(node, ast.UnaryOp)
+            value = node.operand if negated else node
+            return f"not not {ast.unparse(value)}", spelled(not negated), TOLERANCE
     raise ValueError("not one of the known forms")
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from prolong_jax.verifiers import Status, code, sandbox
+from prolong_jax.verifiers import Status, Verdict, code, sandbox
 
 INPUTS, OUTPUTS = [[1], [2], [3], [4]], [2, 4, 6, 8]
 
@@ -86,7 +86,7 @@ def test_an_endless_loop_is_a_timeout_and_leaves_nothing():
     body += f"        try: subprocess.Popen(['sleep', '{marker}']).wait()\n"
     body += "        except OSError: pass\n"  # where the sandbox has no such program
     verdict = run(body, time_limit_s=1.0)
-    assert verdict.status == Status.TIMEOUT and verdict.score == 0.0
+    assert verdict == Verdict(0.0, Status.TIMEOUT, "total time limit")
     end = time.monotonic() + 60.0
     while (
         marker
@@ -446,3 +446,44 @@ def test_what_the_child_sends_instead_of_tokens_scores_zero(forged):
     body += f"    space['evaluate'] = lambda text, mode: {forged}\nbuiltins.exec = forge"
     verdict = check("assert f(1) == [1.5]", body)
     assert verdict.score == 0.0 and verdict.status == Status.OK
+
+
+def test_a_forged_constant_does_not_pass_asserts_of_both_signs():
+    """The child sees neither `not` nor what is expected of an assert without a comparison."""
+    tests = "".join(f"assert {'not ' * (x % 2)}f({x})\n" for x in range(8))
+    assert check(tests, "def f(x): return x % 2 == 0").score == 1.0
+    for forged in ("'0'", "'1'", "str(int('not' not in text.replace('not not ', '', 1)))"):
+        body = "import builtins\ndef f(x): return 1\ndef forge(source, space):\n"
+        body += f"    space['evaluate'] = lambda text, mode: {forged}\nbuiltins.exec = forge"
+        assert check(tests, body).score == 0.5
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import sys\nprint(int(input()) + 1)\nsys.stdout.close()",
+        "out = open(1, 'w')\nout.write(str(int(input()) + 1))",
+        "import os\nprint(int(input()) + 1, flush=True)\nos._exit(0)",
+        "import sys\nsys.__stdout__.write(str(int(input()) + 1))",
+        "import atexit\nx = int(input())\natexit.register(lambda: print(x + 1))",
+        "import builtins\nbuiltins.n = getattr(builtins, 'n', 0) + 1\nprint(int(input()) + builtins.n)",
+        "import io, sys\nold, sys.stdout = sys.stdout, io.StringIO()\nprint(int(input()) + 1)\n"
+        "old.write(sys.stdout.getvalue())",
+        "import threading, time\nx = int(input())\n"
+        "threading.Thread(target=lambda: (time.sleep(0.05), print(x + 1))).start()",
+    ],
+)
+def test_a_script_ends_as_an_interpreter_would(body):
+    assert run_script(body, ["1", "2", "3"], ["2", "3", "4"]).score == 1.0
+
+
+def test_what_a_failing_script_printed_stays_in_its_test():
+    body = "x = int(input())\nif x == 2:\n    print('junk')\n    raise ValueError\nprint(x)"
+    verdict = run_script(body, ["1", "2", "3"], ["1", "2", "3"])
+    assert verdict.detail == "2 of 3 tests"
+
+
+def test_much_output_in_many_tests_loses_none():
+    body = "x = int(input())\nprint('a' * (3 << 20) if x else 0)"
+    inputs, outputs = [*"1" * 12, "0"], ["a" * (3 << 20)] * 12 + ["0"]
+    assert run_script(body, inputs, outputs, time_limit_s=60.0).detail == "13 of 13 tests"
