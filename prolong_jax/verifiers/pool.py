@@ -88,7 +88,7 @@ class Pool:
             if value <= 0:
                 raise ValueError(f"verifier pool: expected {name} above 0, got {value}.")
         self._time_limit_s, self._memory_limit_mb = time_limit_s, memory_limit_mb
-        self._tier = sandbox_tier or sandbox.choose_tier()
+        self.sandbox_tier = sandbox_tier or sandbox.choose_tier()
         self._jobs: queue.Queue[_Job | _WarmUp | None] = queue.Queue(MAX_PENDING)
         self._done: _Done = queue.SimpleQueue()
         self._outstanding = 0
@@ -234,6 +234,8 @@ class Pool:
         """Gets and delivers the verdict of one item, from a second worker if the first one dies."""
         start = time.monotonic()
         try:
+            self._worker(index, (job.verifier,))
+            start = time.monotonic()
             try:
                 verdict = self._ask(index, job)
             except _DiedError:
@@ -242,7 +244,7 @@ class Pool:
         except TimeoutError:
             self._discard(index)
             verdict = Verdict(0.0, Status.TIMEOUT, f"killed after {self._time_limit_s:g} s")
-        except UNUSABLE as problem:
+        except Exception as problem:  # whatever it is, the item gets its verdict
             verdict = error(f"pool: {problem}{self._discard(index)}")
         self._note(job, verdict, time.monotonic() - start)
         job.done.put((job.item_id, verdict))
@@ -260,8 +262,10 @@ class Pool:
                 return
             self._num_logged += 1
             line = json.dumps({"detail": verdict.detail, **json.loads(job.message)})
-            with open(self._fault_log, "a", encoding="utf-8") as log:
-                log.write(line + "\n")
+            with suppress(OSError), open(self._fault_log, "a", encoding="utf-8") as log:
+                log.write(
+                    line + "\n"
+                )  # a full disk stops no run; the fault is counted all the same
 
     def _worker(self, index: int, verifiers: Iterable[str]) -> "_Worker":
         """The thread's worker with the verifiers loaded; starts one where there is none alive."""
@@ -270,7 +274,7 @@ class Pool:
             self._discard(index)
             with self._lock:
                 self._refuse_if_closed()
-                worker = self._workers[index] = _Worker(self._memory_limit_mb, self._tier)
+                worker = self._workers[index] = _Worker(self._memory_limit_mb, self.sandbox_tier)
         for name in verifiers:
             worker.warm_up(name)
         return worker

@@ -183,6 +183,14 @@ def test_a_verifier_that_cannot_start_is_named(tmp_path, monkeypatch):
     )
 
 
+def test_a_full_disk_loses_no_item():
+    with Pool(1, time_limit_s=20.0, fault_log=Path("/dev/full")) as full:
+        item = ("stem", r"\boxed{1 m}", {})
+        verdicts = full.score_all([item, item, sum_item(1)])
+        assert [v.status for v in verdicts] == [Status.ERROR, Status.ERROR, Status.OK]
+        assert full.take_metrics()["verify/stem/errors"] == 2
+
+
 def test_deadlines_count_from_the_start_and_stuck_workers_are_replaced():
     """Four stuck items on two workers wait in front of good ones, which all score."""
     others = set(workers())
