@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -116,7 +116,9 @@ def sample_groups(
     settings: RolloutSettings,
     timer: Timer,
 ) -> list[Group]:
-    """Samples a group for each prompt, `sample_rows` responses at a time, and verifies them.
+    """Samples a group for each prompt, `sample_rows` responses at a time.
+
+    Workers verify what is there while sampling goes on; "verify" is the time to wait for the rest.
 
     Raises:
       ValueError: a prompt is longer than `max_prompt_len` tokens.
@@ -137,47 +139,50 @@ def sample_groups(
         with timer("sample"):
             tokens_PS, valid_PS, keys_PG = jax.device_put(inputs, by_rows(collector.mesh))
             samples = generate(collector.model, params, tokens_PS, valid_PS, keys_PG, rule)
-        with timer("verify"):
-            groups += _verified(collector, chunk, encoded, samples, step)
-    return groups
-
-
-def _verified(
-    collector: Collector,
-    prompts: Sequence[Prompt],
-    encoded: Sequence[tuple[list[int], str]],
-    samples: Samples,
-    step: int,
-) -> list[Group]:
-    """The samples of the given prompts as groups, with the verdicts of the pool."""
-    group_size = len(samples.lengths) // len(encoded)
-    rows = range(len(prompts) * group_size)
-    tokens = [samples.tokens[row, : samples.lengths[row]].tolist() for row in rows]
-    texts = [collector.tokenizer.decode(ids) for ids in tokens]
-    of = [row // group_size for row in rows]  # the prompt of each row
-    verdicts = collector.pool.score_all(
-        (prompts[p].verifier, encoded[p][1] + text, prompts[p].reference)
-        for p, text in zip(of, texts, strict=True)
-    )
-    groups = []
-    for p, prompt in enumerate(prompts):
-        part = slice(p * group_size, (p + 1) * group_size)
-        logp = zip(samples.logp[part], samples.lengths[part], strict=True)
-        groups.append(
-            Group(
-                prompt=prompt,
-                prompt_tokens=encoded[p][0],
-                tokens=tokens[part],
-                logp=[values[:length].tolist() for values, length in logp],
-                stopped=samples.stopped[part].tolist(),
-                texts=texts[part],
-                scores=[verdict.score for verdict in verdicts[part]],
-                statuses=[str(verdict.status) for verdict in verdicts[part]],
-                details=[verdict.detail for verdict in verdicts[part]],
-                step=step,
-            )
+        for number, prompt in enumerate(chunk):
+            rows = slice(number * group_size, (number + 1) * group_size)
+            prompt_tokens, opening = encoded[number]
+            group = _unscored(collector, prompt, prompt_tokens, samples, rows, step)
+            for i, text in enumerate(group.texts):
+                item_id = len(groups), i
+                collector.pool.submit(item_id, prompt.verifier, opening + text, prompt.reference)
+            groups.append(group)
+    with timer("verify"):
+        verdicts = dict(collector.pool.as_completed())
+    for number, group in enumerate(groups):
+        found = [verdicts[number, i] for i in range(group_size)]
+        groups[number] = replace(
+            group,
+            scores=[verdict.score for verdict in found],
+            statuses=[str(verdict.status) for verdict in found],
+            details=[verdict.detail for verdict in found],
         )
     return groups
+
+
+def _unscored(
+    collector: Collector,
+    prompt: Prompt,
+    prompt_tokens: list[int],
+    samples: Samples,
+    rows: slice,
+    step: int,
+) -> Group:
+    """The given rows of the samples as a group that has no verdicts yet."""
+    lengths = samples.lengths[rows].tolist()
+    tokens = [row[:n].tolist() for row, n in zip(samples.tokens[rows], lengths, strict=True)]
+    return Group(
+        prompt=prompt,
+        prompt_tokens=prompt_tokens,
+        tokens=tokens,
+        logp=[row[:n].tolist() for row, n in zip(samples.logp[rows], lengths, strict=True)],
+        stopped=samples.stopped[rows].tolist(),
+        texts=[collector.tokenizer.decode(ids) for ids in tokens],
+        scores=[],
+        statuses=[],
+        details=[],
+        step=step,
+    )
 
 
 def collect(
@@ -216,14 +221,7 @@ def collect(
             break
         prompts, cursor.position = next_prompts(cursor.position, wanted)
         groups = sample_groups(
-            collector,
-            params,
-            prompts,
-            settings.group_size,
-            step,
-            rule,
-            settings,
-            timer,
+            collector, params, prompts, settings.group_size, step, rule, settings, timer
         )
         sampled += groups
         live += [g for g in groups if not (settings.dynamic_sampling and g.is_dead)]

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from prolong_jax import train
-from prolong_jax.config import TINY_BASE
+from prolong_jax.config import TINY_BASE, RunConfig
 from prolong_jax.metrics import read_rows
 from prolong_jax.verifiers import math
+from tests.rollout_test import group
 
 TINY = "experiments/configs/tiny.py"
 SMALL = {
@@ -200,6 +201,17 @@ def test_a_run_on_a_file_goes_on_with_the_right_prompts(capsys, tmp_path, sums):
     (host,) = (tmp_path / "twice" / "checkpoints" / "2" / "host").glob("metadata")
     position = json.loads(host.read_text())["cursor"]["position"]
     assert sorted(count for _, count in position["rewards"].values()) == [4] * 8
+
+
+def test_many_faults_of_a_verifier_stop_the_run_and_few_do_not():
+    def faults(number):
+        return [group([0.0] * 20, statuses=["error"] * number + ["ok"] * (20 - number))]
+
+    run = RunConfig()
+    assert 0 < run.verifiers.max_error_rate < 7 / 20
+    train.refuse_broken_verifiers(faults(7), run)
+    with pytest.raises(RuntimeError, match="verifier 'math' failed on 40% of the responses"):
+        train.refuse_broken_verifiers(faults(8), run)
 
 
 # --- bad input -----------------------------------------------------------------------------------
