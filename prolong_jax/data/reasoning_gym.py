@@ -129,7 +129,8 @@ def _create_apart(scratch: Path, size: int, seed: int, task: str) -> dict[str, A
     """What `create` returns, from an interpreter of its own; or {"failed": reason}."""
     command = [sys.executable, "-c", _CREATE, task, str(size), str(seed), str(scratch / task)]
     environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True)
+    with tempfile.TemporaryDirectory() as folder:  # some tasks run snippets that write files
+        done = subprocess.run(command, env=environment, capture_output=True, cwd=folder)
     if done.returncode:
         return {"failed": done.stderr.decode(errors="replace").strip().split("\n")[-1]}
     return json.loads((scratch / task).read_text())
