@@ -25,7 +25,7 @@ from prolong_jax.data.prompts import Prompt, Skipped
 from prolong_jax.data.readers import FORMATS
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.verifiers import Status
-from prolong_jax.verifiers.pool import Pool
+from prolong_jax.verifiers.pool import Pool, open_pool
 
 Items = Iterator[Prompt | Skipped]
 WRONG = r"</think>\boxed{31415926535897932}"
@@ -132,7 +132,7 @@ def main(argv: Sequence[str]) -> int:
         def num_tokens(prompt: Prompt) -> int:
             return len(tokenizer.encode_chat(prompt.messages)[0])
 
-        with Pool(run.verifiers.num_workers, run.verifiers.time_limit_s) as pool:
+        with open_pool(run.verifiers) as pool:
             sources = sources_of(args, run, num_tokens)
             fine = [report(*source, num_tokens, pool, args.golds) for source in sources]
     except ValueError as problem:
