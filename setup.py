@@ -52,6 +52,7 @@ EXTRAS = {
         "beartype>=0.22.2",
         "pyright>=1.1.414",
         "pytest>=9.0",
+        "pytest-xdist>=3.8",
         "ruff>=0.17.6",
         "setuptools>=77",  # the packaging test builds a wheel without a network
     ],
