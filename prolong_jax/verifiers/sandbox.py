@@ -345,10 +345,13 @@ class _Zygote:
                 except OSError:
                     self.close()
                     return b"", limit_s, False
-            data, left_s = self._read(read_fd, end, limit_s)
-            ended_well = self._confirmed(b".")
-            if not ended_well:
-                self.close()
+            ended_well = False
+            try:
+                data, left_s = self._read(read_fd, end, limit_s)
+                ended_well = self._confirmed(b".")
+            finally:
+                if not ended_well:
+                    self.close()
             return data, left_s, ended_well
 
     def close(self) -> None:
@@ -420,8 +423,9 @@ def _tree(pid: int) -> list[int]:
     """A process and all that descend from it."""
     found = [pid]
     for parent in found:
-        for children in Path(f"/proc/{parent}/task").glob("*/children"):
-            with suppress(OSError):
+        with suppress(OSError):  # it has ended
+            for task in os.listdir(f"/proc/{parent}/task"):
+                children = Path(f"/proc/{parent}/task/{task}/children")
                 found += map(int, children.read_text().split())
     return found
 

@@ -225,6 +225,20 @@ def test_a_zygote_that_is_killed_in_a_run_costs_nothing(tier):
     killer.join()
 
 
+def test_a_process_that_has_ended_disturbs_no_look_at_the_others():
+    ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    ended.wait()
+    assert sandbox._tree(ended.pid) == [ended.pid]
+    assert sandbox._resident_bytes(ended.pid) == 0
+
+
+def test_a_fault_of_ours_in_a_run_costs_only_that_run(tier, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="of ours"):
+        patch.setattr(sandbox._Zygote, "_read", lambda *_: exec("raise OSError('of ours')"))
+        values("def f(x): return x", 1)
+    assert values("def f(x): return x", 2) == [2]
+
+
 def test_the_time_of_a_run_begins_with_the_run(tier):
     assert values("def f(x): return x", 1) == [1]
     (pid,) = sandbox.zygote_pids()
