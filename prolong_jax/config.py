@@ -105,7 +105,7 @@ class SourceSettings:
     domain: str = ""  # what the rows count as; "": what the format says
     only: str = ""  # keep the rows of this domain or data_source
     fields: Mapping[str, str] = field(default_factory=dict)  # the format's name: the data's name
-    special_judge: str = ""  # JSON lines {"idx", "special_judge"}, by row number or id
+    special_judge: str = ""  # JSON lines {"idx", "special_judge"}, by id or else row number
     pass_rates: str = ""  # JSON lines {"id", "pass_rate"}; rows without a record are kept
     min_pass_rate: float = 0.0
     max_pass_rate: float = 1.0
@@ -115,7 +115,8 @@ class SourceSettings:
 class DataSettings:
     sources: Mapping[str, SourceSettings] = field(default_factory=dict)  # none: the embedded tasks
     strict: bool = False  # stop at the first bad row instead of skipping it
-    # A prompt is passed over while the mean reward of its responses in this run is out of range.
+    # A prompt is passed over once where the mean reward of its responses in this run is out of
+    # range; after that it counts as unknown.
     min_mean_reward: float = 0.0
     max_mean_reward: float = 1.0
     mean_reward_after: int = 0  # responses before the range applies; 0: it never does
@@ -332,6 +333,11 @@ def check(run: RunConfig) -> None:
         _require(
             0 <= low <= high <= 1,
             f"the range of rewards in {where!r} must lie in [0, 1], got [{low}, {high}].",
+        )
+    for name, source in run.data.sources.items():
+        _require(
+            source.weight >= 0,
+            f"'data.sources.{name}.weight' must be 0 or more, got {source.weight}.",
         )
     for index, stage in enumerate(run.stages):
         _check_positive(for_stage(run, index))

@@ -50,6 +50,7 @@ def test_round_trip():
         ("loss.kl_coef=-1.0", "'loss.kl_coef' must be 0 or more"),
         ("optimizer.warmup_steps=-1", "'optimizer.warmup_steps' must be 0 or more"),
         ("stages.0.steps=0", "'stages.0' never ends"),
+        ("data.sources={'a': {'path': 'a', 'weight': -1.0}}", "'data.sources.a.weight' must be 0"),
         (
             "data.max_mean_reward=-0.1",
             "the range of rewards in 'data' must lie in [0, 1], got [0.0, -0.1]",

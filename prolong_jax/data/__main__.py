@@ -20,7 +20,7 @@ import numpy as np
 
 from prolong_jax.config import RunConfig, SourceSettings, parse
 from prolong_jax.data.evaluation_sets import EVALUATION_SETS, read_evaluation_set
-from prolong_jax.data.mixture import load, prompt_at
+from prolong_jax.data.mixture import load, longest_prompt, prompt_at
 from prolong_jax.data.prompts import Prompt, Skipped
 from prolong_jax.data.readers import FORMATS
 from prolong_jax.tokenizer import ChatTokenizer
@@ -39,6 +39,8 @@ def gold_response(prompt: Prompt) -> str | None:
     if prompt.verifier in ("math", "stem"):
         return rf"</think>\boxed{{{reference['answer']}}}"
     if prompt.verifier == "logic":
+        if reference["entry"]["answer"] is None:
+            return None
         return f"</think><answer>{reference['entry']['answer']}</answer>"
     return f"</think>```python\n{prompt.solution}\n```" if prompt.solution else None
 
@@ -105,7 +107,7 @@ def sources_of(
         sources = {name: SourceSettings(args.path, **given)}
     strict = args.strict or run.data.strict
     for name, settings in sources.items():
-        yield name, load(name, settings, num_tokens, run.rollout.max_prompt_len, strict)
+        yield name, load(name, settings, num_tokens, longest_prompt(run), strict)
     if not sources:
         mixture, levels = run.stages[0].mixture, run.stages[0].levels
         yield "embedded", (prompt_at(i, run.seed, mixture, levels) for i in range(EMBEDDED))

@@ -1,7 +1,7 @@
 r"""Rows of public data sets to prompts: one function per schema, row -> Prompt or BadRow.
 
 A format is told the domain that the settings give to the source, "" for none. The prompt suffix of
-the recipe (arXiv 2505.24864, appendix D) is added unless the prompt asks for the same mark-up.
+the recipe (arXiv 2505.24864, appendix D) is added, to a chat unless it has the same mark-up.
 """
 
 import json
@@ -15,7 +15,7 @@ from prolong_jax.verifiers import VERIFIERS, Status, code, instruct, logic, math
 
 Row = Mapping[str, Any]
 
-# domain: the suffix, and what a prompt contains that has such a request already
+# domain: the suffix, and what a chat contains that has such a request already
 _SUFFIXES = {
     "math": (" " + math.PROMPT_SUFFIX, r"\boxed"),
     "stem": (" " + stem.PROMPT_SUFFIX, r"\boxed"),
@@ -42,7 +42,7 @@ def ask(domain: str, prompt: Any, reference: Row, source: Any = "", solution: An
         raise BadRow("no prompt", f"{str(prompt)[:80]!r} is no text and no chat")
     messages = [{"role": str(t["role"]), "content": text_of(t["content"])} for t in turns]
     suffix, mark = _SUFFIXES[domain]
-    if mark not in messages[-1]["content"]:
+    if (mark if is_chat else suffix) not in messages[-1]["content"]:
         messages[-1]["content"] += suffix
     solution = solution if isinstance(solution, str) else ""
     return Prompt("", domain, "", domain, tuple(messages), reference, str(source or ""), solution)
@@ -131,8 +131,8 @@ def instructions_of(given: Row) -> dict[str, Any]:
 
 
 def entry_of(task: Any, entry: Row) -> dict[str, Any]:
-    """The logic verifier's reference."""
-    if not isinstance(task, str) or not entry.get("answer") or "metadata" not in entry:
+    """The logic verifier's reference; the answer of some tasks is None, for there are many."""
+    if not isinstance(task, str) or not {"answer", "metadata"} <= entry.keys():
         raise BadRow("no reasoning_gym entry", f"task {task!r}, fields {', '.join(entry)}")
     return {"task": task, "entry": dict(entry)}
 
@@ -164,9 +164,10 @@ def verl(row: Row, domain: str) -> Prompt:
     if graded.get("entry"):
         entry = entry_of(graded.get("reasoning_task"), loaded(graded["entry"], "entry"))
         return ask("logic", prompt, entry, source)
-    words = [word.lower() for word in (domain, str(row.get("ability")), source)]
-    words += [words[-1].split("_")[0]]
+    words = (source.lower(), source.lower().split("_")[0], str(row.get("ability")).lower())
     kind = next((_DOMAIN_OF[word] for word in words if word in _DOMAIN_OF), "")
+    if not kind or {kind, domain} == {"math", "stem"}:  # else a row of a mixed file
+        kind = domain
     truth = graded.get("ground_truth")
     if kind == "code":
         return ask("code", prompt, tests_of(truth), source)
@@ -188,12 +189,12 @@ def scp116k(row: Row, domain: str) -> Prompt:
         return verl(row, domain or "stem")
     if any(name in row for name in _ANSWERS):
         return question_answer(row, domain or "stem")
-    told = str(row.get("extract_solution") or row.get("matched_solution") or "").strip()
-    answer = math.last_boxed(told)
+    told = str(row.get("extract_solution") or "").strip()
+    answer = math.last_boxed(told or str(row.get("matched_solution")))
     for model in ("qwq", "o1"):
         if answer is None and row.get(f"is_{model}_solution_same_with_matched_solution") is True:
             answer = math.last_boxed(str(row.get(f"{model}_solution")))
-    if answer is None and len(told) <= 80 and "\n" not in told:
+    if answer is None and 0 < len(told) <= 80 and "\n" not in told:
         answer = told
     return question_answer({"problem": row.get("problem"), "answer": answer}, domain or "stem")
 
@@ -254,8 +255,12 @@ def plain(row: Row, domain: str) -> Prompt:
         reference = entry_of(reference.get("task"), loaded(reference.get("entry"), "entry"))
     elif not reference.get("outputs") and not reference.get("asserts"):
         raise BadRow("no tests")
+    verdict = VERIFIERS[kind]("", reference)
+    if verdict.status == Status.ERROR:
+        raise BadRow("unusable reference", verdict.detail)
     turns = row.get("messages") or row.get("prompt")
     prompt = ask(kind, turns, reference, row.get("source"), row.get("solution"))
     if row.get("messages"):  # written by this project: nothing is to be added
-        prompt = replace(prompt, messages=tuple(row["messages"]))
+        messages = ({**t, "content": text_of(t["content"])} for t in row["messages"])
+        prompt = replace(prompt, messages=tuple(messages))
     return replace(prompt, id=str(row.get("id") or ""), level=str(row.get("level") or ""))

@@ -13,7 +13,7 @@ from functools import lru_cache
 from prolong_jax.config import DataSettings, RunConfig, SourceSettings, StageSettings, for_stage
 from prolong_jax.data.procedural import make_prompt
 from prolong_jax.data.prompts import Prompt, Skipped
-from prolong_jax.data.readers import read, rows_of
+from prolong_jax.data.readers import read, records
 
 Stream = Callable[[int], Prompt]
 MAX_PASSED_OVER = 1000  # prompts of unwanted difficulty in a row, then one is taken all the same
@@ -62,8 +62,7 @@ def load(
       ValueError: what `read` refuses; in strict mode the first bad row.
     """
     low, high = settings.min_pass_rate, settings.max_pass_rate
-    recorded = [row for _, row in rows_of(settings.pass_rates)] if settings.pass_rates else []
-    rates = {str(row["id"]): float(row["pass_rate"]) for row in recorded}
+    rates = records(settings.pass_rates, "id", "pass_rate")
     for item in read(name, settings):
         if isinstance(item, Prompt):
             if not low <= rates.get(item.id, low) <= high:
@@ -111,6 +110,11 @@ class Sources:
     settings: DataSettings = field(default_factory=DataSettings)
 
 
+def longest_prompt(run: RunConfig) -> int:
+    """Tokens of a prompt that fits into every stage."""
+    return min(for_stage(run, i).rollout.max_prompt_len for i in range(len(run.stages)))
+
+
 def open_sources(run: RunConfig, num_tokens: Callable[[Prompt], int]) -> Sources:
     """Reads the data sets of a run into memory, without the solutions of their rows.
 
@@ -119,9 +123,8 @@ def open_sources(run: RunConfig, num_tokens: Callable[[Prompt], int]) -> Sources
         stage whose mixture does not fit the sources.
     """
     streams, shares = {}, {}
-    longest = min(for_stage(run, i).rollout.max_prompt_len for i in range(len(run.stages)))
     for name, settings in run.data.sources.items():
-        items = load(name, settings, num_tokens, longest, run.data.strict)
+        items = load(name, settings, num_tokens, longest_prompt(run), run.data.strict)
         prompts = [replace(item, solution="") for item in items if isinstance(item, Prompt)]
         streams[name] = stream_of(prompts, name, run.seed)
         domains = {prompt.domain for prompt in prompts}
@@ -140,14 +143,23 @@ def open_sources(run: RunConfig, num_tokens: Callable[[Prompt], int]) -> Sources
 def next_prompts(
     sources: Sources, position: Position, count: int, seed: int, stage: StageSettings
 ) -> tuple[list[Prompt], Position]:
-    """The next training prompts of a stage, and the position behind them."""
+    """The next training prompts of a stage, and the position behind them.
+
+    A prompt that is passed over for its rewards is unknown again at its next turn.
+    """
     if sources.streams:
         weights = source_weights(stage.mixture, sources.shares)
 
-        def is_wanted(prompt_id: str) -> bool:
-            return is_in_range(position, prompt_id, sources.settings)
+        passed_over = set()
 
-        return draw(position, count, sources.streams, weights, seed, is_wanted)
+        def is_wanted(prompt_id: str) -> bool:
+            wanted = is_in_range(position, prompt_id, sources.settings)
+            passed_over.update([] if wanted else [prompt_id])
+            return wanted
+
+        prompts, end = draw(position, count, sources.streams, weights, seed, is_wanted)
+        kept = {name: known for name, known in end.rewards.items() if name not in passed_over}
+        return prompts, replace(end, rewards=kept)
     drawn = range(position.drawn, position.drawn + count)
     prompts = [prompt_at(n, seed, stage.mixture, stage.levels) for n in drawn]
     return prompts, replace(position, drawn=position.drawn + count)

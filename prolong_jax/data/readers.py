@@ -1,11 +1,12 @@
 """Files to prompts: JSON, JSON lines, CSV, parquet, Arrow and TFDS directories, whatever the schema.
 
-A path is a file, a directory of files (`split` picks those whose names begin with it, where there
-are such), a Hugging Face data set saved to disk, or a directory of tensorflow-datasets in the
+A path is a file, a directory of files (`split` picks those whose names, or folders' names, begin with
+it), a Hugging Face data set saved to disk, or a directory of tensorflow-datasets in the
 array_record format. Paths may be `gs://` or `s3://` ones through pyarrow; those of
 tensorflow-datasets go through etils. Rows come one by one; only a JSON array is read as a whole.
 """
 
+import codecs
 import csv
 import io
 import json
@@ -40,13 +41,16 @@ FORMATS: dict[str, tuple[Callable[[Row, str], Prompt], set[str]]] = {
     "mbpp": (programs.mbpp, {"test_list", "code"}),
     "plain": (formats.plain, {"domain", "reference"}),
     "scp116k": (formats.scp116k, {"problem", "matched_solution"}),
+    "scp116k_later": (formats.scp116k, {"problem", "extract_solution"}),
     "question_answer": (formats.question_answer, set()),
 }
+csv.field_size_limit(1 << 30)  # characters; the default would refuse long problems
 BATCH_ROWS = 64  # of a parquet file that are in memory at once
 EXTENSIONS = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 _ROW_IDS = ("id", "question_id", "problem_id", "task_id", "hash_id", "unique_id", "uuid", "idx")
-OTHER_SOURCE = "of another domain or data_source"
+_SPLITS = ("train", "test", "valid", "dev", "ood")
+OTHER_SOURCE, NEEDS_JUDGE = "of another domain or data_source", "needs a special judge"
 UNREADABLE = (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError)
 UNREADABLE += (csv.Error,)
 
@@ -67,13 +71,28 @@ def read(name: str, settings: SourceSettings) -> Iterator[Prompt | Skipped]:
                 f"data: {key} of source {name!r}: expected one of {', '.join(names)}, "
                 f"got {value!r}; mend it or leave it empty."
             )
-    judged = [row for _, row in rows_of(settings.special_judge)] if settings.special_judge else []
-    unscored = {str(row["idx"]) for row in judged if row["special_judge"]}
+    judged = records(settings.special_judge, "idx", "special_judge")
+    unscored = {idx for idx, needed in judged.items() if needed}
     for number, (where, row) in enumerate(rows_of(settings.path, settings.split)):
         try:
             yield _prompt_of(row, number, name, settings, unscored)
         except BadRow as problem:
-            yield Skipped(problem.reason, where, problem.detail, problem.reason != OTHER_SOURCE)
+            is_bad = problem.reason not in (OTHER_SOURCE, NEEDS_JUDGE)
+            yield Skipped(problem.reason, where, problem.detail, is_bad)
+
+
+def records(path: str, key: str, value: str) -> dict[str, Any]:
+    """One field by another, as text, of all rows of a file; empty without a path.
+
+    Raises:
+      ValueError: a row that lacks a field.
+    """
+    found = {}
+    for where, row in rows_of(path) if path else ():
+        if not isinstance(row, Mapping) or not {key, value} <= row.keys():
+            raise ValueError(f"data: expected {key!r} and {value!r} in row {where} of {path!r}.")
+        found[str(row[key])] = row[value]
+    return found
 
 
 def _prompt_of(
@@ -82,10 +101,15 @@ def _prompt_of(
     if not isinstance(row, Mapping):
         raise BadRow("no row of fields", f"{str(row)[:80]!r}")
     row = {**row, **{ours: row.get(theirs) for ours, theirs in settings.fields.items()}}
-    marks = {str(number), *(str(row[key]) for key in _ROW_IDS if key in row)}
-    if row.get("special_judge") is True or not marks.isdisjoint(unscored):
-        raise BadRow("needs a special judge")
+    has_source = settings.only not in VERIFIERS and isinstance(row.get("data_source"), str)
+    if settings.only and has_source and row["data_source"] != settings.only:
+        raise BadRow(OTHER_SOURCE, row["data_source"])
+    mark = next((str(row[key]) for key in _ROW_IDS if key in row), str(number))
+    if row.get("special_judge") is True or mark in unscored:
+        raise BadRow(NEEDS_JUDGE)
     guess = next(key for key, (_, fields) in FORMATS.items() if row.keys() >= fields)
+    if guess == "question_answer" and row.get("domain") in VERIFIERS:
+        guess = "plain"
     try:
         prompt = FORMATS[settings.format or guess][0](row, settings.domain)
     except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as problem:
@@ -112,6 +136,8 @@ def rows_of(path: str, split: str = "") -> Iterator[tuple[str, Any]]:
         if system.get_file_info(root).type == fs.FileType.File:
             yield from _rows_of_file(system, root)
         elif find(f"{path}/dataset_dict.json"):  # several splits saved to disk
+            if not split:
+                raise ValueError(f"data: split: expected one of those saved in {path!r}, got none.")
             yield from rows_of(f"{path}/{split}")
         elif find(f"{path}/features.json"):
             yield from _rows_of_tfds(path, split)
@@ -139,7 +165,13 @@ def _files_of(system: fs.FileSystem, root: str, split: str) -> list[str]:
     infos = system.get_file_info(fs.FileSelector(root, recursive=True))
     files = sorted(info.path for info in infos if _extension(info.path) in EXTENSIONS)
     files = [file for file in files if file.endswith(".arrow")] or files
-    named = [file for file in files if posixpath.basename(file).startswith(split)]
+    parts = {file: file[len(root) :].strip("/").split("/") for file in files}
+    named = [file for file in files if any(part.startswith(split) for part in parts[file])]
+    found = {s for file in files for part in parts[file] for s in _SPLITS if part.startswith(s)}
+    if not split and len(found) > 1:
+        raise ValueError(
+            f"data: split: expected one of {', '.join(sorted(found))} of {root!r}, got none."
+        )
     if not named:
         raise ValueError(
             f"data: expected files {split}*{{{','.join(EXTENSIONS)}}} in {root!r}, found none."
@@ -174,7 +206,7 @@ def _rows_of_file(system: fs.FileSystem, file: str) -> Iterator[tuple[str, Any]]
 
 def _json_rows(stream: io.BufferedReader) -> Iterator[Any]:
     """The elements of one JSON array, or one value a line."""
-    first = stream.peek(1).lstrip()[:1]
+    first = stream.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if first == b"[":
         yield from json.load(stream)
         return

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from prolong_jax.data.evaluation_sets import EVALUATION_SETS, read_evaluation_set
-from prolong_jax.data.prompts import Prompt
+from prolong_jax.data.prompts import Prompt, Skipped
 
 # One row of each set as its public files have it.
 PRIME = {
@@ -57,12 +57,14 @@ def test_every_set_of_the_paper_is_read(tmp_path):
     (tmp_path / "reasoning_gym").mkdir()
     for name, row in ROWS.items():
         others = [{**PRIME, "data_source": s} for s in ("codecontests", "codeforces", "taco")]
+        others += [{**PRIME, "data_source": "numina_aops", "ability": "math"}]
         rows = [row, *others] if row is PRIME else [row]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     for name, (domain, _, _) in EVALUATION_SETS.items():
         found = list(read_evaluation_set(name, f"{tmp_path}/"))
         prompts = [item for item in found if isinstance(item, Prompt)]
         assert [p.domain for p in prompts] == [domain], (name, found)
+        assert not any(isinstance(item, Skipped) and item.is_bad for item in found)
         assert all(p.id.startswith(f"{name}/") for p in prompts)
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from prolong_jax.data import reasoning_gym
+from prolong_jax.config import SourceSettings
+from prolong_jax.data import readers, reasoning_gym
+from prolong_jax.data.prompts import Prompt
 from prolong_jax.verifiers import Status, logic
 
 # Two that depend on the hash seed and the global random seed, one with fractions in its metadata,
@@ -67,6 +69,18 @@ def test_records(built):
         assert row["source"] == "reasoning_gym"
         verdict = logic.verify(f"<answer>{entry['answer']}</answer>", row["reference"])
         assert verdict.score == 1.0 and verdict.status == Status.OK, row["id"]
+
+
+def test_every_record_is_read_also_where_many_answers_are_right(tmp_path):
+    tasks = "graph_color rubiks_cube rush_hour propositional_logic boxnet chain_sum".split()
+    reasoning_gym.build(tmp_path / "rg", tasks, size=5)
+    sizes = {}
+    for split in ("train", "test", "ood"):
+        settings = SourceSettings(str(tmp_path / "rg" / f"{split}.jsonl"))
+        found = list(readers.read("rg", settings))
+        assert all(isinstance(item, Prompt) for item in found), found
+        sizes[split] = len(found)
+    assert sizes == {"train": 20, "test": 5, "ood": 1}
 
 
 def test_the_same_bytes_again(built, tmp_path, monkeypatch):
