@@ -158,21 +158,6 @@ def test_eight_devices_train_like_one(whole, tmp_path):
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
 
 
-def test_twenty_steps_on_one_domain_raise_its_reward(tmp_path):
-    learn = {
-        "total_steps": 20,
-        "rollout__prompts_per_step": 8,
-        "rollout__group_size": 8,
-        "rollout__max_response_len": 64,
-        "validation__every": 100,
-        "stages": [{"mixture": {"math": 1.0}, "levels": {"easy": 1.0, "middle": 1.0}}],
-    }
-    assert train.main(arguments(tmp_path, **learn)) == 0
-    rewards = [r["reward/math"] for r in read_rows(tmp_path / "metrics.jsonl")[1:]]
-    early, late = np.mean(rewards[:4]), np.mean(rewards[-4:])
-    assert late > early + 0.1, rewards
-
-
 @pytest.fixture
 def sums(tmp_path):
     """A file of sums, one of its rows without an answer, and the settings that train on it."""
