@@ -3,6 +3,8 @@
 Extraction: `<answer>...</answer>` blocks are read from left to right in the final answer text; the
 last complete one counts.
 
+The reference's own answer scores 1; every other one is scored once and remembered.
+
 Some of the library's scorers evaluate the answer, pay for anything, or take long over it. The tables
 below say task by task what is done about it and why; every other task is scored by the library as
 it is. `score_answer` gets the answer in a confined process with a time limit.
@@ -12,6 +14,7 @@ reference's own answer too.
 """
 
 import ast
+import hashlib
 import json
 import math
 import operator
@@ -32,6 +35,8 @@ PROMPT_SUFFIX = (
 )
 _EXAMPLE_ENTRY = {"question": "State the final answer to: 1 + 1 =", "answer": "2", "metadata": {}}
 TIME_LIMIT_S = 5.0  # of a scorer
+CACHE_SIZE = 4096  # verdicts: the responses of a group often agree
+_cache: dict[bytes, Verdict] = {}  # by the hash of task, answer and entry
 EXAMPLE = ("</think><answer>2</answer>", {"task": "chain_sum", "entry": _EXAMPLE_ENTRY})
 PRELOAD = ("reasoning_gym",)  # modules that a confined process should find loaded
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
@@ -74,6 +79,21 @@ def verify(response: str, reference: Mapping[str, Any]) -> Verdict:
     answer = last_answer(final_answer_text(response))
     if answer is None:
         return Verdict(0.0, detail="no complete <answer> block")
+    if answer and answer == str(entry["answer"]).strip():
+        return Verdict(1.0, detail="the reference's own answer")
+    content = json.dumps([task, answer, entry], sort_keys=True)
+    key = hashlib.sha256(content.encode()).digest()
+    if key not in _cache:
+        verdict = _verify(task, answer, entry)
+        if verdict.status != Status.OK:
+            return verdict  # may be the fault of a busy machine: not kept
+        if len(_cache) >= CACHE_SIZE:
+            _cache.pop(next(iter(_cache)))
+        _cache[key] = verdict
+    return _cache[key]
+
+
+def _verify(task: str, answer: str, entry: Mapping[str, Any]) -> Verdict:
     verdict = _scored(task, answer, entry)
     if verdict.status == Status.ERROR:
         if _scored(task, entry["answer"], entry).status != Status.ERROR:

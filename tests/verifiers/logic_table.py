@@ -20,7 +20,7 @@ from typing import Any
 from prolong_jax.verifiers import Verdict, logic
 from prolong_jax.verifiers.pool import Pool
 
-COUNT, SEED, LIMIT_S = 2, 7, 3.0
+COUNT, SEED, LIMIT_S = 2, 7, 2 * logic.TIME_LIMIT_S
 SALAD = "perhaps the answer lies somewhere between these lines and nobody knows " * 20
 CREATE = """import json, sys
 from prolong_jax.data.reasoning_gym import create
@@ -148,8 +148,11 @@ def table(tasks: Sequence[str], marker: Path) -> dict[str, dict[str, list[Verdic
         pool.check(["logic"])
         verdicts = pool.score_all(requests)
     found: dict[str, dict[str, list[Verdict]]] = {task: {} for task in tasks}
-    for (task, probe, *_), verdict in zip(rows, verdicts, strict=True):
+    for (task, probe, i, answer), verdict in zip(rows, verdicts, strict=True):
         found[task].setdefault(probe, []).append(verdict)
+        if probe == "oracle":  # an equal answer scores 1 without its scorer
+            scored = logic._scored(task, answer, drawn[task][i])
+            found[task].setdefault("scorer", []).append(scored)
     return found
 
 
@@ -174,7 +177,8 @@ def main() -> None:
     for task, row in found.items():
         cells = []
         for name in names:
-            worst = (min if name == "oracle" else max)(row[name], key=lambda verdict: verdict.score)
+            worst = min if name in ("oracle", "scorer") else max
+            worst = worst(row[name], key=lambda verdict: verdict.score)
             statuses = {str(verdict.status) for verdict in row[name]} - {"ok"}
             cells.append(f"{'/'.join(statuses) or format(worst.score, '.3g'):>7}")
         print(f"{task:26}", *cells, "  ", re.sub(r"\s+", " ", treatment(task)), sep="")

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from prolong_jax.verifiers import Status, logic
+from prolong_jax.verifiers import Status, Verdict, logic, sandbox
 from tests.verifiers import logic_table
 
 SUM = {"question": "State the final answer to: 1 + 1 =", "answer": "2", "metadata": {}}
@@ -50,6 +50,16 @@ def test_scores_are_those_of_the_task():
     assert 0.0 <= partial.score < 1.0 and partial.status == Status.OK
 
 
+def test_an_answer_is_scored_once_and_a_fault_is_not_remembered(monkeypatch):
+    reference = {"task": "chain_sum", "entry": {**SUM, "question": "once"}}
+    outcomes = [sandbox.Outcome(timed_out=True), sandbox.Outcome(0.25)]
+    monkeypatch.setattr(sandbox, "call", lambda *_: outcomes.pop(0))
+    assert logic.verify("<answer>2</answer>", reference).score == 1.0, "equal to the reference"
+    assert logic.verify("<answer>3</answer>", reference).status == Status.TIMEOUT
+    assert [logic.verify("<answer>3</answer>", reference).score for _ in range(3)] == [0.25] * 3
+    assert not outcomes
+
+
 @pytest.mark.parametrize(
     "task", ["spell_backward", "number_filtering", "count_bits", "chain_sum", "countdown", "maze"]
 )
@@ -60,6 +70,7 @@ def test_oracle_scores_one_and_junk_does_not(task):
     reference = {"task": task, "entry": entry}
     oracle = logic.verify(f"<answer>{entry['answer']}</answer>", reference)
     assert oracle.score == 1.0 and oracle.status == Status.OK
+    assert logic._scored(task, entry["answer"], entry) == Verdict(1.0)
     for junk in ("", "\x00", "[[[", "None", "\ud800", "nan", "-1e999", "x" * 10_000):
         verdict = logic.verify(f"<answer>{junk}</answer>", reference)
         assert verdict.score <= 0.2 and verdict.status == Status.OK, (junk, verdict)
@@ -205,7 +216,7 @@ def check_table(tasks, tmp_path):
             scores = [verdict.score for verdict in verdicts]
             statuses = {verdict.status for verdict in verdicts}
             where = (task, probe, verdicts)
-            if probe == "oracle":
+            if probe in ("oracle", "scorer"):
                 assert set(scores) == {1.0}, where
             elif probe not in allowed:
                 share = MAX_SHARE if probe in ("shell", "list", "equal") else 0.0
