@@ -6,7 +6,8 @@ the outer one). Nothing else counts as an answer.
 Equality is math-verify's, with these corrections: whole numbers are compared exactly and decimals
 to a relative 1e-5 (it rounds to six places); units that pint knows must be the same where both
 sides name one, and all other words behind a number are remarks; of numerals with a base ("52_8")
-the bases count; an integral, sum, product or limit is no answer unless the reference has one.
+the bases count; an integral, sum, product or limit is no answer unless the reference has one, nor
+is a number behind an inequality sign, or an equation of two numbers that differ.
 
 No alarm is set here: what slips through the guards runs until the pool of workers kills it.
 """
@@ -15,7 +16,7 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import lru_cache
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 from prolong_jax.verifiers import Verdict, error, final_answer_text
@@ -29,6 +30,7 @@ MAX_EXPONENT = 10_000
 MAX_FACTORIAL = 1000
 SMALL = 1e-3  # below, math-verify's rounding to six decimals is too coarse
 RELATIVE_TOLERANCE = 1e-5
+EQUATED_TOLERANCE = 5e-3  # of the two sides of an answer such as "22/7 = 3.14"
 
 _BOX_TOKEN = re.compile(r"\\boxed\s*+\{|\\.|[{}]", re.DOTALL)
 _NUMBER = re.compile(
@@ -42,12 +44,18 @@ _UNIT = re.compile(
     r"([A-Za-z]+(?: [A-Za-z]+)?)\s*+\}?(?:\s*+\^\{?([0-9])\}?)?$"
 )
 _UNEVALUATED = re.compile(r"\\(?:i{1,3}nt|oint|sum|prod|lim)(?![A-Za-z])")
+_INEQUALITY = re.compile(r"[<>≠≤≥]|\\(?:not|neq?|[lg]eq?|[lg]eqslant|[lg]t)(?![A-Za-z])")
+_REPEATING = re.compile(
+    r"(?<![0-9])([0-9]{0,9})\.([0-9]{0,9})\\(?:overline|bar)\s*\{([0-9]{1,9})\}(?!_)"
+)
 _SPELLINGS = [  # what math-verify misreads, and how it reads it
     (re.compile(r"\\!\s*|(?<=[0-9])\\[,:](?=[0-9]{3}(?![0-9]))"), ""),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"(?<=[0-9])i(?![A-Za-z])"), " i"),
     (re.compile(r"°"), r"^\\circ"),
     (re.compile(r"−"), "-"),
+    (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])|π"), r"\\pi "),
+    (re.compile(r"(?<=[0-9])\s*dollars?$"), ""),
 ]
 _NO_ALARM: Any = None  # the library annotates the setting as int, and documents None
 _COMMAND = re.compile(r"\\[A-Za-z]+")
@@ -112,7 +120,14 @@ def _strip(text: str) -> str:
         text = text.strip("$").strip()
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
-    return text.removesuffix(".")
+    return _REPEATING.sub(_fraction, text).removesuffix(".")
+
+
+def _fraction(found: re.Match[str]) -> str:
+    """The fraction that a repeating decimal is."""
+    fixed, period = found[1] + found[2], found[3]
+    top = int(fixed + period) - int(fixed or 0)
+    return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(found[2])}}}"
 
 
 def _plain_number(text: str) -> Fraction | None:
@@ -125,24 +140,62 @@ def _plain_number(text: str) -> Fraction | None:
 def _compare_symbolic(answer: str, gold: str) -> Verdict:
     import math_verify
 
-    true = _parse_gold(gold)
+    true = _parse(gold)
     if not true:
         return error(f"math: the answer of the reference cannot be parsed: {gold[:200]!r}")
     units = _unit(answer), _unit(gold)
     if units[0] is not None and units[1] is not None and units[0] != units[1]:
         return Verdict(0.0, detail=f"unit {units[0]} where {units[1]} was expected")
-    told = math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=_NO_ALARM)
-    equal = math_verify.verify(list(true), told, timeout_seconds=None, allow_set_relation_comp=True)
+    told = _parse(answer)
+    if told and not _INEQUALITY.search(gold) and _has_false_relation(answer, told[0]):
+        return Verdict(0.0, detail="a relation where a value was expected")
+    equal = math_verify.verify(
+        list(true), list(told), timeout_seconds=None, allow_set_relation_comp=True
+    )
     return Verdict(float(equal and not _differ_when_small(told[0], true[0])))
 
 
 @lru_cache(maxsize=4096)
-def _parse_gold(gold: str) -> tuple[Any, ...]:
+def _parse(text: str) -> tuple[Any, ...]:
     import math_verify
 
-    if refusal(gold):
+    if refusal(text):
         return ()
-    return tuple(math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=_NO_ALARM))
+    return tuple(math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=_NO_ALARM))
+
+
+def value(text: str) -> float | None:
+    """The real number that an expression without variables stands for, behind the guards."""
+    text = _strip(text)
+    if _UNEVALUATED.search(text) or _INEQUALITY.search(text):
+        return None
+    parsed = _parse(text)
+    number = _number(parsed[0]) if parsed else None
+    return None if number is None or number.imag or not isfinite(number.real) else number.real
+
+
+def _number(expression: Any) -> complex | None:
+    import sympy
+
+    if not (isinstance(expression, sympy.Expr) and expression.is_number):
+        return None
+    try:
+        return complex(expression)
+    except (TypeError, ValueError, OverflowError):
+        return None  # infinite or undefined
+
+
+def _has_false_relation(answer: str, parsed: Any) -> bool:
+    """Whether the answer has an inequality sign that was dropped, or equates different numbers."""
+    import sympy
+
+    for part in parsed.args if isinstance(parsed, sympy.And) else (parsed,):
+        left, right = map(_number, part.args) if isinstance(part, sympy.Eq) else (None, None)
+        if left is None or right is None:
+            continue
+        if abs(left - right) > EQUATED_TOLERANCE * abs(right):
+            return True
+    return isinstance(parsed, sympy.Expr) and bool(_INEQUALITY.search(answer))
 
 
 def _differ_when_small(answer: Any, gold: Any) -> bool:
@@ -151,12 +204,9 @@ def _differ_when_small(answer: Any, gold: Any) -> bool:
 
     if isinstance(answer, (sympy.Tuple, sympy.Set)):
         return any(map(_differ_when_small, answer.args, getattr(gold, "args", ())))
-    if not all(isinstance(side, sympy.Expr) and side.is_number for side in (answer, gold)):
-        return False
-    try:
-        told, true = complex(answer), complex(gold)
-    except (TypeError, ValueError, OverflowError):
-        return False  # infinite or undefined: nothing to compare
+    told, true = _number(answer), _number(gold)
+    if told is None or true is None:
+        return False  # nothing to compare
     if max(abs(told), abs(true)) >= SMALL:
         return False
     return abs(told - true) > RELATIVE_TOLERANCE * abs(true)

@@ -127,6 +127,15 @@ def test_the_last_complete_box_counts(text, content):
         (r"$\frac{1}{2}$", "0.5"),
         (r"\(\frac{1}{2}\)", r"\frac{1}{2}"),
         ("2", r"\boxed{2}"),
+        ("2+3=5", "5"),
+        (r"\frac{22}{7}=3.14", "3.14"),
+        (r"\approx 42", "42"),
+        ("1000 dollars", r"\$1000"),
+        (r"\$1000", "1000 dollars"),
+        (r"\frac13", r"0.\overline{3}"),
+        (r"-0.1\overline{6}", r"-\frac16"),
+        (r"0.\overline{3}", r"0.\overline{33}"),
+        ("2pi", r"2\pi"),
     ],
 )
 def test_equal_answers_score_one(answer, gold):
@@ -209,6 +218,18 @@ def test_equal_answers_score_one(answer, gold):
         (r"\boxed{4}, \boxed{5}", "5"),
         ("5x", "5"),
         (r"5 \pm 1", "5"),
+        (r"\neq 42", "42"),
+        (r"\not= 42", "42"),
+        ("≠ 42", "42"),
+        ("< 42", "42"),
+        ("> 42", "42"),
+        (r"\le 42", "42"),
+        (r"\geqslant 42", "42"),
+        ("6=5", "5"),
+        ("6=5=5", "5"),
+        ("999 dollars", r"\$1000"),
+        (r"0.\overline{4}", r"\frac13"),
+        (r"0.3", r"0.\overline{3}"),
     ],
 )
 def test_other_answers_score_zero(answer, gold):
@@ -289,6 +310,29 @@ def test_odd_text_never_raises():
     verdicts = score_in_pool(requests)
     assert not [pair for pair in zip(requests, verdicts, strict=True) if pair[1].status == "error"]
     assert sum(verdict.status == Status.TIMEOUT for verdict in verdicts) <= 4
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        (r"2\pi", 6.283185307179586),
+        ("x", None),
+        ("x=5", None),
+        ("1, 2", None),
+        ("", None),
+        ("> 5", None),
+        (r"\sqrt{-1}", None),
+        (r"\infty", None),
+        ("1/0", None),
+        (r"\sum_{k=1}^{9} k", None),
+        ("9^{9^{9}}", None),
+        ("9^{9999}", None),
+        ("99999!", None),
+        (r"\text{five}", None),
+    ],
+)
+def test_values_of_expressions(text, value):
+    assert math.value(text) == value
 
 
 def test_legitimate_powers_and_factorials_are_parsed():
