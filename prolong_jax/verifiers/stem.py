@@ -6,11 +6,14 @@ or without a final full stop. Only where there is no complete box, the last non-
 instead read "Answer: B" ("The final answer is (B)." and the like). Anything else, as "B or C", is
 wrong. The letter of the reference may be in lower case, that of the response may not.
 
-Numbers: the last complete box. The value must lie within a relative tolerance of the reference after
-conversion to its unit (pint knows the units; "0.084 km" is "84 m"). The tolerance is the `rel_tol`
-of the reference, 1% by default; 0 takes exact values only. A reference with a unit demands a unit;
-where pint does not know it, the same words. A reference without a unit takes any unit as a remark,
-save that a per cent sign counts.
+Numbers, as numerals or as expressions without variables: the last complete box. The value must lie
+within a relative tolerance of the reference after conversion to its unit (pint knows the units;
+"0.084 km" is "84 m"). The tolerance is the `rel_tol` of the reference, 1% by default; 0 takes exact
+values only. A reference with a unit demands a unit; where pint does not know it, the same words. A
+reference without a unit takes any unit as a remark, and any words of three letters or more that
+name no number, save that a per cent sign counts.
+
+Chemical formulas: subscripts may be written in any way, and capitals count.
 """
 
 import re
@@ -25,7 +28,8 @@ EXAMPLE = (r"</think>\boxed{0.084 \text{ km}}", {"answer": "84 m"})
 DEFAULT_REL_TOL = 0.01
 MAX_CHARS = 200  # of a number with its unit
 
-_WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|rm)\s*+\{([^{}]*+)\}")
+_WRAPPER = r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox|rm)\s*+\{"
+_WRAPPED = re.compile(_WRAPPER + r"((?:[^{}]++|\{[^{}]*+\})*+)\}")
 _LETTER = re.compile(r"\(?([A-Z])\)?\.?")
 _LETTER_LINE = re.compile(
     r"(?i:(?:so )?(?:the )?(?:final |correct )?answer(?: is)?)\s*:?\s*\(?([A-Z])\)?\.?"
@@ -48,6 +52,7 @@ _LATEX = [
     (re.compile(r"\{\s*\}"), ""),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?\s*|°\s*|\\degree\s*"), " deg"),
+    (re.compile(r"\bdeg(?:rees?)?\s*([CF])(?:elsius|ahrenheit)?(?![A-Za-z])"), r"deg\1"),
     (re.compile(r"\s*\^\s*\{([^{}]*+)\}"), r"^\1"),
     (re.compile(r"\s*\^\s*"), "^"),
     (re.compile(r"(?<=[A-Za-z])-(?=[A-Za-z])"), "*"),
@@ -64,6 +69,23 @@ _LATEX = [
     (re.compile(r"³"), "^3"),
 ]
 _NAMED = re.compile(r"[A-Za-z][A-Za-z_0-9{}]{0,20}\s*=\s*")
+_BEHIND_EXPRESSION = re.compile(  # where a unit may begin
+    rf"(?:\\[dt]?frac\s*+\{{\s*+)?{_WRAPPER}|\\(?:%|(?:Omega|mu)(?![A-Za-z]))"
+    r"|(?:(?<=[\s~])|(?<=\\[,;:]))[A-Za-z%]"
+)
+_WORD = re.compile(r"[A-Za-z]+")
+_CONSTANT = re.compile(r"(?<![A-Za-z])(?:pi|e)(?![A-Za-z])")  # units to pint
+_VARIABLE = re.compile(r"[a-z](?<![ghlmsu])")  # many of them are rare units to pint
+_POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_NUMBER_WORD = re.compile(
+    r"\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozen|half|halves"
+    r"|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
+    r"|hundred|thousand|million|billion|trillion)s?\b",
+    re.IGNORECASE,
+)
+_PREPOSITIONS = {"of", "to", "by", "on"}
+_FORMULA = re.compile(r"(?:(?:[A-Z][a-z]?|[()])[0-9]*+)++")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789", "_{}$")
 
 
 def verify(response: str, reference: Mapping[str, Any]) -> Verdict:
@@ -81,10 +103,7 @@ def verify(response: str, reference: Mapping[str, Any]) -> Verdict:
     answer = math.last_boxed(text)
     if answer is None:
         return Verdict(0.0, detail="no complete \\boxed{}")
-    true, told = parse_quantity(gold), parse_quantity(answer)
-    if true is None or told is None:
-        return math.compare(answer, gold)
-    return _compare_quantities(told, true, float(rel_tol))
+    return _verify_open(answer.strip(), gold, float(rel_tol))
 
 
 def extract_letter(text: str) -> str | None:
@@ -106,6 +125,40 @@ def _verify_choice(text: str, gold: str, num_options: int) -> Verdict:
     return Verdict(float(letter == gold), detail="" if letter else "no single letter")
 
 
+def _verify_open(answer: str, gold: str, rel_tol: float) -> Verdict:
+    formulas = _formula(answer), _formula(gold)
+    if formulas[1] and formulas[0].lower() == formulas[1].lower():
+        return Verdict(float(formulas[0] == formulas[1]))
+    true, told = parse_quantity(gold), parse_quantity(answer)
+    plain = true is not None and told is not None
+    true = true or _parse_expression(gold)
+    told = told or (_parse_expression(answer) if true else None)
+    if true and told and (true[1] or _is_remark(told[1], answer)):
+        verdict = _compare_quantities(told, true, rel_tol)
+        if verdict.score or plain or true[1]:
+            return verdict
+    if told and _NUMBER_WORD.search(told[1]):
+        answer = _WRAPPED.sub(r" \1 ", answer)  # to math, text is a remark
+    return math.compare(answer, gold)
+
+
+def _formula(text: str) -> str:
+    """The text without what lowers its subscripts, "" if it cannot be a chemical formula."""
+    text = _WRAPPED.sub(r"\1", text).translate(_SUBSCRIPTS).strip()
+    return text if _FORMULA.fullmatch(text) else ""
+
+
+def _is_remark(unit: str, answer: str) -> bool:
+    """Whether what stands behind the number is a unit or plain words, not a factor or a number."""
+    words = _WORD.findall(unit)
+    if any(map(_VARIABLE.fullmatch, words)):
+        return False
+    unknown = [w for w in words if w not in _PREPOSITIONS and math.parse_unit(w) is None]
+    if any(len(word) < 3 or _NUMBER_WORD.fullmatch(word) for word in unknown):
+        return False
+    return not unknown or not re.search(rf"[0-9]{words[0]}", answer)
+
+
 def parse_quantity(text: str) -> tuple[float, str] | None:
     """The number and the unit ("" if none) that a text consists of, or None if it is no number."""
     if len(text) > MAX_CHARS:
@@ -118,10 +171,26 @@ def parse_quantity(text: str) -> tuple[float, str] | None:
     if found is None:
         return None
     unit = re.sub(r"\s+", " ", found["unit"]).strip()
-    if unit and not _UNIT.fullmatch(unit):
-        return None
     value = _value(found)
-    return None if value is None else (value, unit)
+    if value is None or not _UNIT.fullmatch(unit) or _CONSTANT.search(unit):
+        return None
+    first, _, rest = unit.partition(" ")
+    power = _POWERS.get(first.lower())
+    return (value, unit) if power is None else (value * 10.0**power, rest)
+
+
+def _parse_expression(text: str) -> tuple[float, str] | None:
+    """As `parse_quantity`, of an expression without variables that may have a unit behind it."""
+    if len(text) > MAX_CHARS:
+        return None
+    text = _NAMED.sub("", text, count=1)
+    behind = _BEHIND_EXPRESSION.search(text)
+    unit = parse_quantity("1 " + text[behind.start() :]) if behind else None
+    if behind and unit:
+        value = math.value(text[: behind.start()].rstrip("\\,;:!~ "))
+        return None if value is None else (value * unit[0], unit[1])
+    value = None if behind and behind[0].startswith("\\") else math.value(text)
+    return None if value is None else (value, "")
 
 
 def _value(found: re.Match[str]) -> float | None:
@@ -147,6 +216,8 @@ def _compare_quantities(
         return Verdict(0.0, detail=f"unit missing, expected {gold_unit}")
     if gold_unit and unit != gold_unit:
         converted = _convert(value, unit, gold_unit)
+        if converted is None:  # "J/mol K" is often meant as "J/(mol K)"
+            converted = _convert(value, _one_fraction(unit), _one_fraction(gold_unit))
         if converted is None:
             return Verdict(0.0, detail=f"unit {unit} where {gold_unit} was expected")
         value = converted
@@ -155,10 +226,16 @@ def _compare_quantities(
     return Verdict(float(abs(value - gold) <= rel_tol * abs(gold)))
 
 
+def _one_fraction(unit: str) -> str:
+    return re.sub(r"^([^/()]*)/([^/()]*)$", r"\1/(\2)", unit)
+
+
 def _convert(value: float, unit: str, to: str) -> float | None:
     """The value in another unit, or None where the units are unknown or do not fit."""
     import pint
 
+    if {unit, to} == {"C", "degC"}:
+        return value
     told, true = math.parse_unit(unit), math.parse_unit(to)
     if told is None or true is None:
         return None

@@ -143,6 +143,126 @@ def test_other_quantities_score_zero(answer, gold):
     assert score(answer, gold) == 0.0
 
 
+@pytest.mark.parametrize(
+    "answer, gold, expected",
+    [
+        (r"9.81\ \mathrm{m/s^{2}}", "9.8 m/s^2", 1),
+        (r"8.31\ \mathrm{J\,mol^{-1}\,K^{-1}}", "8.314 J/(mol K)", 1),
+        (r"9.81\ \text{m s$^{-2}$}", r"9.81\ \mathrm{m\,s^{-2}}", 1),
+        (r"9.81 \text{ kg}", r"9.81\ \mathrm{m\,s^{-2}}", 0),
+        ("5 J/mol·K", "5 J/(mol K)", 1),
+        (r"5\ \mathrm{J/mol\,K}", "5 J/(K mol)", 1),
+        ("5 m/s*kg", "5 kg m/s", 1),
+        ("25 °C", "25 C", 1),
+        ("25 °C", "25 degrees Celsius", 1),
+        (r"25\ \text{degrees Celsius}", r"298.15 K", 1),
+        ("26 °C", "25 C", 0),
+        (r"3 \times {10}^{3} \text{ m}", "3 km", 1),
+        (r"3 \times {10}^{3}\,m", "3 km", 1),
+    ],
+)
+def test_spellings_of_units(answer, gold, expected):
+    assert score(answer, gold) == expected
+
+
+@pytest.mark.parametrize(
+    "expression, number",
+    [
+        (r"\sqrt{2}", "1.414"),
+        (r"\frac{\pi}{2}", "1.571"),
+        (r"2\pi", "6.283"),
+        ("2pi", "6.283"),
+        (r"\frac{\sqrt3}{2}", "0.866"),
+        ("e^{-1}", "0.368"),
+        ("2 e^{-1}", "0.736"),
+        (r"\ln 2", "0.693"),
+        (r"3\sqrt{2} \text{ m}", "4.24 m"),
+        (r"300\sqrt{2}\,\mathrm{cm}", "4.24 m"),
+        (r"x = 3\sqrt{2} m", "4.24 m"),
+        (r"2\pi \times 10^{3}\ \mathrm{m/s^{2}}", "6.28 km/s^2"),
+        (r"\frac{3}{\sqrt{2}}\ \frac{\text{m}}{\text{s}}", "2.12 m/s"),
+        (r"2\pi\ \Omega", "6.28 ohm"),
+    ],
+)
+def test_the_tolerance_holds_for_expressions(expression, number):
+    assert score(expression, number) == 1.0
+    assert score(number, expression) == 1.0
+    mantissa, _, unit = number.partition(" ")
+    assert score(f"{1.03 * float(mantissa)} {unit}", expression) == 0.0
+    assert score(expression, f"{1.03 * float(mantissa)} {unit}") == 0.0
+    if unit:
+        assert score(mantissa, expression) == score(f"{mantissa} kg", expression) == 0.0
+        assert score(expression, f"{mantissa} kg") == 0.0
+
+
+def test_expressions_whose_value_counts_for_nothing():
+    for answer in (r"> 1.414", r"\neq 1.414", "1.414x", "1.414, 1.415", r"\int_0^1 \sqrt{2} dx"):
+        assert score(answer, r"\sqrt{2}") == 0.0, answer
+    assert score(r"\sqrt{2}", "2 m") == score(r"2\sqrt{-1}", "2") == 0.0
+    assert score(r"20\sqrt{2}\%", "0.283") == 1.0
+    assert score(r"\sqrt{8}", r"2\sqrt{2}", rel_tol=0) == 1.0
+    assert score("0.1+0.2", "0.3", rel_tol=0) == 1.0
+    assert score("2.82", r"2\sqrt{2}", rel_tol=0) == 0.0
+
+
+@pytest.mark.parametrize(
+    "answer", ["9^{9^{9}}", "99999!", r"\sqrt{9^{9^{9}}}", "1e99999 m", r"10^{10^{10}} \text{ m}"]
+)
+def test_hostile_expressions_are_refused(answer):
+    start = time.process_time()
+    assert score(answer, "4.24 m") == score(answer, r"\sqrt{2}") == 0.0
+    assert time.process_time() - start < 0.5
+
+
+@pytest.mark.parametrize(
+    "answer, gold, expected",
+    [
+        ("5x", "5", 0),
+        ("5 x y", "5", 0),
+        ("5abc", "5", 0),
+        ("5e", "5", 0),
+        ("2pi", "2", 0),
+        ("2a", "2", 0),
+        ("3i", "3", 0),
+        ("5 or six", "5", 0),
+        ("5 and six", "5", 0),
+        (r"5 \text{ or six}", "5", 0),
+        ("5 million", "5", 0),
+        ("5 million", "5000000", 1),
+        ("5000000", "5 million", 1),
+        (r"5 \text{ million dollars}", "5000000", 1),
+        ("5 MJ", "5 million J", 1),
+        ("5 apples", "5", 1),
+        ("5 grams of phone", "5", 1),
+        ("5m", "5", 1),
+        ("5 m/s to the right", "5", 1),
+        ("5%", "5", 0),
+        ("5%", "0.05", 1),
+    ],
+)
+def test_what_may_stand_behind_a_number(answer, gold, expected):
+    assert score(answer, gold) == expected
+
+
+@pytest.mark.parametrize(
+    "answer, gold, expected",
+    [
+        ("CO2", "CO_2", 1),
+        ("CO₂", "CO_2", 1),
+        (r"\mathrm{CO_{2}}", "CO2", 1),
+        (r"\text{H}_2\text{SO}_4", "H2SO4", 1),
+        ("H2O", "H_2O", 1),
+        ("Ca(OH)2", "Ca(OH)_2", 1),
+        ("Co", "CO", 0),
+        ("CO", "Co", 0),
+        ("CO3", "CO_2", 0),
+        ("co", "CO_2", 0),
+    ],
+)
+def test_chemical_formulas(answer, gold, expected):
+    assert score(answer, gold) == expected
+
+
 def test_the_tolerance_is_relative_and_can_be_set():
     assert score("101", "100") == 1.0
     assert score("101", "100", rel_tol=0.001) == 0.0
