@@ -4,12 +4,16 @@ Importing this package is light. A verifier loads its heavy libraries (sympy, re
 when it first runs, which should be inside a worker of `prolong_jax.verifiers.pool`.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from importlib import import_module
 from typing import Any
+
+CACHE_SIZE = 4096  # verdicts that `remembered` keeps
 
 
 class Status(StrEnum):
@@ -40,6 +44,22 @@ def final_answer_text(response: str) -> str:
 def error(detail: str) -> Verdict:
     """The verdict for a fault of ours."""
     return Verdict(0.0, Status.ERROR, detail)
+
+
+def remembered(cache: dict[bytes, Verdict], item: Any, score: Callable[[], Verdict]) -> Verdict:
+    """The verdict on an equal item, of JSON values, that was scored before; else a new one.
+
+    TIMEOUT and ERROR, which may be the fault of a busy machine, are not kept.
+    """
+    key = hashlib.sha256(json.dumps(item, sort_keys=True).encode()).digest()
+    if key in cache:
+        return cache[key]
+    verdict = score()
+    if verdict.status == Status.OK:
+        if len(cache) >= CACHE_SIZE:
+            cache.pop(next(iter(cache)))
+        cache[key] = verdict
+    return verdict
 
 
 def _verify(domain: str, response: str, reference: Mapping[str, Any]) -> Verdict:

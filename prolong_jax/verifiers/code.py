@@ -22,7 +22,6 @@ outputs are right: such a problem is not scored.
 """
 
 import ast
-import hashlib
 import inspect
 import json
 import math
@@ -32,7 +31,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from prolong_jax.verifiers import Status, Verdict, error, final_answer_text, sandbox
+from prolong_jax.verifiers import Status, Verdict, error, final_answer_text, remembered, sandbox
 
 PROMPT_SUFFIX = "Enclose the final Python code within triple backticks: ```python ... ```."
 EXAMPLE = (
@@ -42,11 +41,10 @@ EXAMPLE = (
 
 TIME_LIMIT_S = 5.0  # for all tests together, as in the recipe
 TOLERANCE = (1e-6, 1e-9)  # relative and absolute, where a float is expected
-CACHE_SIZE = 4096
 MAX_CHARS = 1_000_000  # of code
 
 _FENCE = "```python"
-_cache: dict[bytes, Verdict] = {}  # by the hashes of code and tests
+_cache: dict[bytes, Verdict] = {}  # of code and tests
 
 
 def extract_code(text: str) -> str | None:
@@ -69,17 +67,7 @@ def verify(response: str, reference: Mapping[str, Any]) -> Verdict:
     code = extract_code(final_answer_text(response))
     if not code or not code.strip() or len(code) > MAX_CHARS:
         return Verdict(0.0, detail="no code block" if not code else "code empty or too long")
-    tests = json.dumps(dict(reference), sort_keys=True)
-    key = hashlib.sha256(code.encode("utf-8", "surrogatepass")).digest()
-    key += hashlib.sha256(tests.encode()).digest()
-    if key not in _cache:
-        verdict = _score(code, reference)
-        if verdict.status != Status.OK:
-            return verdict  # may be the fault of a busy machine: not kept
-        if len(_cache) >= CACHE_SIZE:
-            _cache.pop(next(iter(_cache)))
-        _cache[key] = verdict
-    return _cache[key]
+    return remembered(_cache, [code, dict(reference)], lambda: _score(code, reference))
 
 
 def _problem(reference: Mapping[str, Any]) -> str:

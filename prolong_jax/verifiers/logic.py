@@ -14,7 +14,6 @@ reference's own answer too.
 """
 
 import ast
-import hashlib
 import json
 import math
 import operator
@@ -24,7 +23,7 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
-from prolong_jax.verifiers import Status, Verdict, error, final_answer_text, sandbox
+from prolong_jax.verifiers import Status, Verdict, error, final_answer_text, remembered, sandbox
 
 PROMPT_SUFFIX = (
     "Let's think step by step and provide the answer in the following format:\n"
@@ -33,11 +32,11 @@ PROMPT_SUFFIX = (
     "When an example is provided, you should strictly follow the format of the output/answer "
     "in that example."
 )
-_EXAMPLE_ENTRY = {"question": "State the final answer to: 1 + 1 =", "answer": "2", "metadata": {}}
+_EXAMPLE_ENTRY = {"answer": "2*3", "metadata": {"numbers": [2, 3], "target": 6}}
 TIME_LIMIT_S = 5.0  # of a scorer
-CACHE_SIZE = 4096  # verdicts: the responses of a group often agree
-_cache: dict[bytes, Verdict] = {}  # by the hash of task, answer and entry
-EXAMPLE = ("</think><answer>2</answer>", {"task": "chain_sum", "entry": _EXAMPLE_ENTRY})
+_cache: dict[bytes, Verdict] = {}  # of task, answer and entry: a group's responses often agree
+# Not the reference's own answer, which needs no scorer.
+EXAMPLE = ("</think><answer>3*2</answer>", {"task": "countdown", "entry": _EXAMPLE_ENTRY})
 PRELOAD = ("reasoning_gym",)  # modules that a confined process should find loaded
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -81,16 +80,7 @@ def verify(response: str, reference: Mapping[str, Any]) -> Verdict:
         return Verdict(0.0, detail="no complete <answer> block")
     if answer and answer == str(entry["answer"]).strip():
         return Verdict(1.0, detail="the reference's own answer")
-    content = json.dumps([task, answer, entry], sort_keys=True)
-    key = hashlib.sha256(content.encode()).digest()
-    if key not in _cache:
-        verdict = _verify(task, answer, entry)
-        if verdict.status != Status.OK:
-            return verdict  # may be the fault of a busy machine: not kept
-        if len(_cache) >= CACHE_SIZE:
-            _cache.pop(next(iter(_cache)))
-        _cache[key] = verdict
-    return _cache[key]
+    return remembered(_cache, [task, answer, entry], lambda: _verify(task, answer, entry))
 
 
 def _verify(task: str, answer: str, entry: Mapping[str, Any]) -> Verdict:

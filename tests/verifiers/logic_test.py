@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from prolong_jax.verifiers import Status, Verdict, logic, sandbox
+from prolong_jax.verifiers import Status, Verdict, logic, sandbox, warm_up
 from tests.verifiers import logic_table
 
 SUM = {"question": "State the final answer to: 1 + 1 =", "answer": "2", "metadata": {}}
@@ -48,6 +48,12 @@ def test_scores_are_those_of_the_task():
     assert logic.verify("</think>2", reference).score == 0.0
     partial = logic.verify("<answer>the answer is 2</answer>", reference)
     assert 0.0 <= partial.score < 1.0 and partial.status == Status.OK
+
+
+def test_the_warm_up_loads_the_scorers():
+    sandbox.close()
+    warm_up("logic")
+    assert list(sandbox._zygotes) == ["prolong_jax.verifiers.logic"]
 
 
 def test_an_answer_is_scored_once_and_a_fault_is_not_remembered(monkeypatch):
