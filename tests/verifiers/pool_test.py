@@ -246,23 +246,22 @@ def test_a_worker_killed_in_the_middle_loses_no_item(held):
         assert all(v.score == 1.0 for v in victim.score_all([sum_item(i) for i in range(10)]))
 
 
-def test_strays_of_a_program_are_ended(shared_pool):
-    """A daemon that leaves its process group falls to the worker, which ends it."""
+def test_strays_of_a_program_are_ended():
+    """A daemon that leaves its process group is ended (tier B lets none leave)."""
     marker = "4321.8765"
     body = "import subprocess, sys\nsleep = 'import sys, time; time.sleep(float(sys.argv[1]))'\n"
     body += f"subprocess.Popen([sys.executable, '-c', sleep, '{marker}'], start_new_session=True)\n"
     body += "def f(x): return x"
     tests = {"fn_name": "f", "inputs": [[1]], "outputs": [1]}
-    (verdict,) = shared_pool.score_all([("code", f"```python\n{body}\n```", tests)])
-    assert verdict.score == 1.0
 
     def gone():
-        listed = subprocess.run(
-            ["ps", "-ww", "-eo", "stat,args"], capture_output=True, text=True
-        ).stdout
-        return marker not in listed
+        command = ["ps", "-ww", "-eo", "stat,args"]
+        return marker not in subprocess.run(command, capture_output=True, text=True).stdout
 
-    assert wait_until(gone)
+    with Pool(1, time_limit_s=60.0, sandbox_tier="C") as one:
+        (verdict,) = one.score_all([("code", f"```python\n{body}\n```", tests)])
+        assert verdict.score == 1.0
+        assert wait_until(gone)
 
 
 def test_closing_ends_busy_workers_and_threads(tmp_path, monkeypatch):
