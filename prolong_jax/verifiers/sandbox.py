@@ -224,7 +224,8 @@ def self_test() -> str:
     """Tries escapes in the tier in use; what is wrong with it in words, "" if nothing is."""
     try:
         before = _zygote("").pid
-        with tempfile.TemporaryDirectory() as folder, socket.create_server(("", 0)) as server:
+        shared = tempfile.TemporaryDirectory(dir="/tmp")  # TMPDIR may be closed to a program
+        with shared as folder, socket.create_server(("", 0)) as server:
             os.chmod(folder, 0o777)
             Path(folder, "file").write_text("for everybody")
             pid = os.getpid() if os.getpid() > 2 else 1 << 22  # a run has its own 1 and 2 in tier A

@@ -327,7 +327,7 @@ def programs(tier: str) -> list[Program]:
 @contextmanager
 def victim() -> Iterator[dict[str, str]]:
     """A file, a folder and sockets that a program could reach, and this process."""
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("", 0)) as server:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, socket.create_server(("", 0)) as server:
         os.chmod(folder, 0o777)
         Path(folder, "file").write_text(SECRET)
         datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

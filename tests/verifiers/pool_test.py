@@ -71,7 +71,7 @@ def wait_until(condition, limit_s: float = 60.0) -> bool:
 @pytest.fixture
 def held():
     """A file, and an item that is in the middle for as long as the file is there (in tier C)."""
-    handle, name = tempfile.mkstemp()
+    handle, name = tempfile.mkstemp(dir="/tmp")  # TMPDIR may be closed to other users
     os.close(handle)
     tests = {"fn_name": "f", "inputs": [[name]], "outputs": [1], "time_limit_s": 600.0}
     yield Path(name), ("code", WAIT, tests)
