@@ -40,7 +40,7 @@ from prolong_jax.data.prompts import Prompt
 from prolong_jax.evaluate import evaluate, held_out_prompts
 from prolong_jax.mesh import make_mesh, param_shardings, replicated
 from prolong_jax.metrics import Progress, Writer, final_table
-from prolong_jax.models.decoder import Model
+from prolong_jax.models.decoder import Model, for_training
 from prolong_jax.models.hf import load_model
 from prolong_jax.optimizer import make_optimizer
 from prolong_jax.report import write_report
@@ -71,6 +71,7 @@ class Setup:
 
     run: RunConfig
     collector: Collector
+    trained: Model  # that of the collector, as the update computes it
     validation: list[Prompt]
     sources: Sources
 
@@ -135,14 +136,12 @@ def train_step(
     host.cursor.position = record(host.cursor.position, rewards, run.data)
 
     # Packed rows, with the logprobs of the policy as it is now and of the reference.
-    score, update = programs(
-        setup.collector.model, mesh, run.loss, run.optimizer, run.rollout.temperature
-    )
+    score, update = programs(setup.trained, mesh, run.loss, run.optimizer, run.rollout.temperature)
     with timer("score"):
         batches = []
         for minibatch in split(kept, run.update.num_minibatches):
             items = [c for group in minibatch for c in conversations(group, run.rollout)]
-            batch, used = pack(items, **packing(run))
+            batch, used = pack(items, **packing(run, setup.trained))
             batches.append((score(state, put_rows(mesh, batch), used), used))
         jax.block_until_ready(batches)
 
@@ -174,7 +173,7 @@ def split(groups: Sequence[Group], parts: int) -> list[list[Group]]:
     return [list(groups[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
-def packing(run: RunConfig) -> dict[str, int]:
+def packing(run: RunConfig, model: Model) -> dict[str, Any]:
     """Sizes of a packed mini-batch, with room for the worst case."""
     rollout, update = run.rollout, run.update
     samples = rollout.prompts_per_step // update.num_minibatches * rollout.group_size
@@ -184,6 +183,7 @@ def packing(run: RunConfig) -> dict[str, int]:
         "row_len": update.row_len,
         "micro_batch_rows": update.micro_batch_rows,
         "micro_batches": -(-rows // update.micro_batch_rows),
+        "share_prompts": model.shares_prompts,
     }
 
 
@@ -234,7 +234,8 @@ def train(run: RunConfig, workdir: Path) -> int:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", to_dict(run))
         collector = Collector(model, mesh, tokenizer, pool, run.seed)
-        setup = Setup(run, collector, held_out_prompts(run), sources)
+        trained = for_training(model, mesh, run.model)
+        setup = Setup(run, collector, trained, held_out_prompts(run), sources)
         size = sum(x.size for x in jax.tree.leaves(params)) / 1e6
         print(f"{size:.2f}M parameters from {run.model.path} on {mesh.size} {jax.devices()[0]}")
         with closing(Checkpointer(workdir / "checkpoints", run.checkpoint)) as checkpointer:
