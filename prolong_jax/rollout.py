@@ -94,13 +94,13 @@ class Timer:
 
 
 def sampling_copy(collector: Collector, params: PyTree) -> PyTree:
-    """The weights for the sampler: whole on every device, layers in the dtype of the products.
+    """The weights for the sampler: whole on every device, in the dtype of the products.
 
-    Embedding and head stay in float32, as the trainer uses them for its logits.
+    Scales of norms stay in float32, as the trainer has them.
     """
 
     def cast(path: tuple, x: jax.Array) -> jax.Array:
-        return x if path[0].key in ("embed", "head") else x.astype(collector.model.dtype)
+        return x if path[-1].key == "scale" else x.astype(collector.model.dtype)
 
     params = jax.tree_util.tree_map_with_path(cast, params)
     return jax.device_put(params, replicated(collector.mesh))
