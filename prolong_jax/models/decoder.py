@@ -163,12 +163,12 @@ class Decoder(nnx.Module):
         x_BTD = constrain(self.embed(tokens_BT), model.mesh, P("data", None, "fsdp"))
         return constrain(x_BTD, model.mesh, P(ROW_AXES))
 
-    def head_VD(self):
-        return self.embed.embedding[...] if self.tied_head else self.head.kernel[...].T
+    def head_DV(self):
+        return self.embed.embedding[...].T if self.tied_head else self.head.kernel[...]
 
     def logits(self, x_BTD):
-        head_VD = self.head_VD().astype(x_BTD.dtype)
-        return jnp.einsum("btd,vd->btv", x_BTD, head_VD, preferred_element_type=jnp.float32)
+        head_DV = self.head_DV().astype(x_BTD.dtype)
+        return jnp.matmul(x_BTD, head_DV, preferred_element_type=jnp.float32)
 
 
 def _bound(graph, state, params: PyTree):
@@ -245,8 +245,8 @@ class Model:
         temperature: float,
     ) -> tuple[Array, Array]:
         """Log-probability and entropy of tokens 1 ... T - 1; see `logprobs.token_logprobs`."""
-        head_VD = self._bind(params).head_VD()
-        return token_logprobs(hidden_BTD, head_VD, tokens_BT, mask_BT, temperature, self.mesh)
+        head_DV = self._bind(params).head_DV()
+        return token_logprobs(hidden_BTD, head_DV, tokens_BT, mask_BT, temperature, self.mesh)
 
 
 def for_training(model: Model, mesh: Mesh, settings: ModelSettings) -> Model:

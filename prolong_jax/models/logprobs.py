@@ -23,7 +23,7 @@ LOWEST = -1e30  # for -inf, where -inf - -inf would be NaN
 
 def token_logprobs(
     hidden_BTD: Array,
-    head_VD: Array,
+    head_DV: Array,
     tokens_BT: Array,
     mask_BT: Array,
     temperature: float,
@@ -31,11 +31,11 @@ def token_logprobs(
 ) -> tuple[Array, Array]:
     """Log-probability of tokens 1 ... T - 1 under the slot before each, and the entropy there.
 
-    logp[t] = l[token[t]] - logsumexp(l), l = hidden[t - 1] @ head.T / temperature.
+    logp[t] = l[token[t]] - logsumexp(l), l = hidden[t - 1] @ head / temperature.
 
     Args:
       hidden_BTD: final hidden states, in the dtype of the products; carries gradient.
-      head_VD: output embedding, f32, cast block by block; carries gradient.
+      head_DV: output embedding, f32, cast block by block; carries gradient.
       tokens_BT: i32 in [0, V).
       mask_BT: bool, the tokens that count; false for the first of a row, which nothing predicts.
       temperature: > 0.
@@ -45,21 +45,21 @@ def token_logprobs(
       f32 [B, T] nats and f32 [B, T] nats, both 0 where the mask is false. Products accumulate in
       float32, and so does the softmax.
     """
-    found: Any = _token_logprobs(hidden_BTD, head_VD, tokens_BT, mask_BT, temperature, mesh)
+    found: Any = _token_logprobs(hidden_BTD, head_DV, tokens_BT, mask_BT, temperature, mesh)
     return found
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _token_logprobs(hidden_BTD, head_VD, tokens_BT, mask_BT, temperature, mesh):
-    return _forward(hidden_BTD, head_VD, tokens_BT, mask_BT, temperature, mesh)[0]
+def _token_logprobs(hidden_BTD, head_DV, tokens_BT, mask_BT, temperature, mesh):
+    return _forward(hidden_BTD, head_DV, tokens_BT, mask_BT, temperature, mesh)[0]
 
 
 class _Walk:
     """The loops over vocabulary blocks and token chunks; response tokens stand first in a row."""
 
-    def __init__(self, hidden_BTD, head_VD, tokens_BT, mask_BT, temperature, mesh):
+    def __init__(self, hidden_BTD, head_DV, tokens_BT, mask_BT, temperature, mesh):
         self.mesh, self.temperature = mesh, temperature
-        T, (V, D) = tokens_BT.shape[1], head_VD.shape
+        T, (D, V) = tokens_BT.shape[1], head_DV.shape
         self.chunk = min(TOKEN_CHUNK, T)
         order_BT = jnp.argsort(~mask_BT, axis=1, stable=True)
         self.rank_BT = jnp.argsort(order_BT, axis=1)
@@ -74,8 +74,8 @@ class _Walk:
         self.shard_len = V // self.shards
         self.block = min(VOCAB_BLOCK, self.shard_len)
         # X: vocabulary of a shard, or of one block of it; S: shards
-        self.head_SXD = constrain(
-            head_VD.reshape(self.shards, self.shard_len, D), mesh, P("tensor", None, "fsdp")
+        self.head_DSX = constrain(
+            head_DV.reshape(D, self.shards, self.shard_len), mesh, P("fsdp", "tensor")
         )
 
     def by_rows(self, x_BTD):
@@ -86,12 +86,12 @@ class _Walk:
 
         def one(index, carry):
             start = jnp.minimum(index * self.block, self.shard_len - self.block)
-            head_SXD = jax.lax.dynamic_slice_in_dim(self.head_SXD, start, self.block, 1)
-            head_SXD = head_SXD.astype(self.hidden_BTD.dtype)
-            head_SXD = constrain(head_SXD, self.mesh, P("tensor"))
+            head_DSX = jax.lax.dynamic_slice_in_dim(self.head_DSX, start, self.block, 2)
+            head_DSX = head_DSX.astype(self.hidden_BTD.dtype)
+            head_DSX = constrain(head_DSX, self.mesh, P(None, "tensor"))
             column_X = start + jnp.arange(self.block)
             ids_SX = self.shard_len * jnp.arange(self.shards)[:, None] + column_X
-            return step(carry, start, head_SXD, ids_SX, column_X >= index * self.block)
+            return step(carry, start, head_DSX, ids_SX, column_X >= index * self.block)
 
         return jax.lax.fori_loop(0, -(-self.shard_len // self.block), one, carry)
 
@@ -108,10 +108,10 @@ class _Walk:
 
         return jax.lax.fori_loop(0, self.num_chunks, one, carry)
 
-    def logits(self, cut, head_SXD, new_X):
+    def logits(self, cut, head_DSX, new_X):
         """f32 [B, T, S, X] of a chunk and a block."""
         out_BTSX = jnp.einsum(
-            "btd,sxd->btsx", cut(self.hidden_BTD), head_SXD, preferred_element_type=jnp.float32
+            "btd,dsx->btsx", cut(self.hidden_BTD), head_DSX, preferred_element_type=jnp.float32
         )
         out_BTSX = constrain(out_BTSX / self.temperature, self.mesh, P(ROW_AXES, None, "tensor"))
         return jnp.where(new_X, out_BTSX, LOWEST)
@@ -121,13 +121,13 @@ class _Walk:
         return jnp.where(mask_BT, jnp.take_along_axis(x_BT, self.rank_BT, axis=1), 0.0)
 
 
-def _forward(hidden_BTD, head_VD, tokens_BT, mask_BT, temperature, mesh):
-    walk = _Walk(hidden_BTD, head_VD, tokens_BT, mask_BT, temperature, mesh)
+def _forward(hidden_BTD, head_DV, tokens_BT, mask_BT, temperature, mesh):
+    walk = _Walk(hidden_BTD, head_DV, tokens_BT, mask_BT, temperature, mesh)
 
-    def block_step(carry, _, head_SXD, ids_SX, new_X):
+    def block_step(carry, _, head_DSX, ids_SX, new_X):
         def chunk_step(carry, cut, put):
             top_BT, sum_BT, weighted_BT, chosen_BT = map(cut, carry)
-            logits_BTSX = walk.logits(cut, head_SXD, new_X)
+            logits_BTSX = walk.logits(cut, head_DSX, new_X)
             higher_BT = jnp.maximum(top_BT, logits_BTSX.max((2, 3)))
             p_BTSX = jnp.exp(logits_BTSX - higher_BT[:, :, None, None])
             is_chosen = (cut(walk.tokens_BT)[:, :, None, None] == ids_SX) & new_X
@@ -149,12 +149,12 @@ def _forward(hidden_BTD, head_VD, tokens_BT, mask_BT, temperature, mesh):
     lse_BT = top_BT + jnp.log(sum_BT)
     entropy_BT = lse_BT - weighted_BT / sum_BT
     out = walk.back(chosen_BT - lse_BT, mask_BT), walk.back(entropy_BT, mask_BT)
-    return out, (hidden_BTD, head_VD, tokens_BT, mask_BT, lse_BT, entropy_BT)
+    return out, (hidden_BTD, head_DV, tokens_BT, mask_BT, lse_BT, entropy_BT)
 
 
 def _backward(temperature, mesh, saved, cotangents):
-    hidden_BTD, head_VD, tokens_BT, mask_BT, lse_BT, entropy_BT = saved
-    walk = _Walk(hidden_BTD, head_VD, tokens_BT, mask_BT, temperature, mesh)
+    hidden_BTD, head_DV, tokens_BT, mask_BT, lse_BT, entropy_BT = saved
+    walk = _Walk(hidden_BTD, head_DV, tokens_BT, mask_BT, temperature, mesh)
     T, pad = tokens_BT.shape[1], walk.tokens_BT.shape[1] - tokens_BT.shape[1]
     order_BT = jnp.argsort(walk.rank_BT, axis=1)
     d_logp_BT, d_entropy_BT = (
@@ -162,10 +162,10 @@ def _backward(temperature, mesh, saved, cotangents):
         for x in cotangents
     )
 
-    def block_step(carry, start, head_SXD, ids_SX, new_X):
+    def block_step(carry, start, head_DSX, ids_SX, new_X):
         def chunk_step(carry, cut, put):
-            d_hidden_BTD, d_block_SXD = carry
-            logits_BTSX = walk.logits(cut, head_SXD, new_X)
+            d_hidden_BTD, d_block_DSX = carry
+            logits_BTSX = walk.logits(cut, head_DSX, new_X)
             is_chosen = (cut(walk.tokens_BT)[:, :, None, None] == ids_SX) & new_X
             lse, entropy, d_logp, d_entropy = (
                 cut(x)[:, :, None, None] for x in (lse_BT, entropy_BT, d_logp_BT, d_entropy_BT)
@@ -173,31 +173,31 @@ def _backward(temperature, mesh, saved, cotangents):
             p_BTSX = jnp.exp(logits_BTSX - lse)
             d_logits_BTSX = d_logp * (is_chosen - p_BTSX)
             d_logits_BTSX -= d_entropy * p_BTSX * (logits_BTSX - lse + entropy)
-            d_logits_BTSX = (d_logits_BTSX / temperature).astype(head_SXD.dtype)
+            d_logits_BTSX = (d_logits_BTSX / temperature).astype(head_DSX.dtype)
             products = partial(jnp.einsum, preferred_element_type=jnp.float32)
-            d_chunk_BTD = walk.by_rows(products("btsx,sxd->btd", d_logits_BTSX, head_SXD))
+            d_chunk_BTD = walk.by_rows(products("btsx,dsx->btd", d_logits_BTSX, head_DSX))
             d_hidden_BTD = put(d_hidden_BTD, cut(d_hidden_BTD) + d_chunk_BTD)
-            d_more_SXD = products("btsx,btd->sxd", d_logits_BTSX, cut(walk.hidden_BTD))
-            d_more_SXD = constrain(d_more_SXD, mesh, P("tensor", None, "fsdp"))
-            return d_hidden_BTD, d_block_SXD + d_more_SXD
+            d_more_DSX = products("btsx,btd->dsx", d_logits_BTSX, cut(walk.hidden_BTD))
+            d_more_DSX = constrain(d_more_DSX, mesh, P("fsdp", "tensor"))
+            return d_hidden_BTD, d_block_DSX + d_more_DSX
 
-        d_hidden_BTD, d_head_SXD = carry
-        d_block_SXD = jnp.zeros((walk.shards, walk.block, head_VD.shape[1]), jnp.float32)
-        d_block_SXD = constrain(d_block_SXD, mesh, P("tensor", None, "fsdp"))
-        d_hidden_BTD, d_block_SXD = walk.over_chunks(chunk_step, (d_hidden_BTD, d_block_SXD))
-        d_block_SXD += jax.lax.dynamic_slice_in_dim(d_head_SXD, start, walk.block, 1)
-        d_head_SXD = jax.lax.dynamic_update_slice_in_dim(d_head_SXD, d_block_SXD, start, 1)
-        return d_hidden_BTD, d_head_SXD
+        d_hidden_BTD, d_head_DSX = carry
+        d_block_DSX = jnp.zeros((head_DV.shape[0], walk.shards, walk.block), jnp.float32)
+        d_block_DSX = constrain(d_block_DSX, mesh, P("fsdp", "tensor"))
+        d_hidden_BTD, d_block_DSX = walk.over_chunks(chunk_step, (d_hidden_BTD, d_block_DSX))
+        d_block_DSX += jax.lax.dynamic_slice_in_dim(d_head_DSX, start, walk.block, 2)
+        d_head_DSX = jax.lax.dynamic_update_slice_in_dim(d_head_DSX, d_block_DSX, start, 2)
+        return d_hidden_BTD, d_head_DSX
 
-    zeros = jnp.zeros_like(walk.hidden_BTD, jnp.float32), jnp.zeros_like(walk.head_SXD, jnp.float32)
-    d_hidden_BTD, d_head_SXD = walk.over_blocks(block_step, zeros)
+    zeros = jnp.zeros_like(walk.hidden_BTD, jnp.float32), jnp.zeros_like(walk.head_DSX, jnp.float32)
+    d_hidden_BTD, d_head_DSX = walk.over_blocks(block_step, zeros)
     # The hidden state of slot t predicts token t + 1.
     after_BT = jnp.minimum(jnp.arange(T) + 1, T - 1)
     d_hidden_BTD = jnp.take_along_axis(d_hidden_BTD, walk.rank_BT[:, after_BT][..., None], axis=1)
     predicts_BT = mask_BT[:, after_BT] & (jnp.arange(T) < T - 1)
     d_hidden_BTD = jnp.where(predicts_BT[..., None], d_hidden_BTD, 0.0).astype(hidden_BTD.dtype)
-    d_head_VD = d_head_SXD.reshape(head_VD.shape).astype(head_VD.dtype)
-    return walk.by_rows(d_hidden_BTD), d_head_VD, None, None
+    d_head_DV = d_head_DSX.reshape(head_DV.shape).astype(head_DV.dtype)
+    return walk.by_rows(d_hidden_BTD), d_head_DV, None, None
 
 
 _token_logprobs.defvjp(_forward, _backward)

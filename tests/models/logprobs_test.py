@@ -17,7 +17,7 @@ B, T, V, D = 8, 21, 40, 16
 def inputs(seed=0, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     hidden = jnp.asarray(rng.normal(size=(B, T, D)), dtype)
-    head = jnp.asarray(rng.normal(size=(V, D)), jnp.float32)
+    head = jnp.asarray(rng.normal(size=(D, V)), jnp.float32)
     tokens = jnp.asarray(rng.integers(0, V, (B, T)))
     mask = rng.random((B, T)) < 0.6
     mask[:, 0], mask[1] = False, False  # one row has no response token
@@ -25,7 +25,7 @@ def inputs(seed=0, dtype=jnp.float32):
 
 
 def plain(hidden, head, tokens, mask, temperature, mesh=None):
-    logits = hidden[:, :-1].astype(jnp.float32) @ head.T / temperature
+    logits = hidden[:, :-1].astype(jnp.float32) @ head / temperature
     pad = ((0, 0), (1, 0))
     logp = jnp.pad(chosen_logp(logits, tokens[:, 1:]), pad)
     return jnp.where(mask, logp, 0.0), jnp.where(mask, jnp.pad(entropy(logits), pad), 0.0)
@@ -85,7 +85,7 @@ def test_half_precision_products_accumulate_in_float32():
     hidden, head, tokens, mask = inputs(dtype=jnp.bfloat16)
     head = head.astype(jnp.bfloat16).astype(jnp.float32)
     found = jax.device_get(token_logprobs(hidden, head, tokens, mask, 1.0, None))[0]
-    logits = np.asarray(hidden, np.float64)[:, :-1] @ np.asarray(head, np.float64).T
+    logits = np.asarray(hidden, np.float64)[:, :-1] @ np.asarray(head, np.float64)
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
     exact = np.take_along_axis(logits, np.asarray(tokens)[:, 1:, None], 2)[..., 0]
     np.testing.assert_allclose(found[:, 1:], np.where(mask[:, 1:], exact, 0.0), atol=2e-5)
@@ -95,7 +95,7 @@ def test_memory_does_not_grow_with_the_vocabulary():
     def temporary_bytes(vocab_size):
         shapes = (
             jax.ShapeDtypeStruct((2, 512, 64), jnp.float32),
-            jax.ShapeDtypeStruct((vocab_size, 64), jnp.float32),
+            jax.ShapeDtypeStruct((64, vocab_size), jnp.float32),
             jax.ShapeDtypeStruct((2, 512), jnp.int32),
             jax.ShapeDtypeStruct((2, 512), bool),
         )
