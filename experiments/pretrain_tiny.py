@@ -21,7 +21,8 @@ import optax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from prolong_jax.data import procedural
-from prolong_jax.models.decoder import Model, ModelConfig, packed_mask
+from prolong_jax.models.attention import packed_mask
+from prolong_jax.models.decoder import Model, ModelConfig
 from prolong_jax.models.hf import save_pretrained
 from prolong_jax.types import PyTree
 

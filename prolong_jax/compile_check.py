@@ -37,7 +37,7 @@ from jax.sharding import PartitionSpec as P
 from prolong_jax import sampler
 from prolong_jax.config import ASSETS, RunConfig, check, for_stage, load, packing
 from prolong_jax.mesh import ROW_AXES, ROWS, make_mesh, param_shardings, replicated
-from prolong_jax.models.decoder import Model, ModelConfig
+from prolong_jax.models.decoder import Model, ModelConfig, for_training
 from prolong_jax.models.hf import read_config
 from prolong_jax.optimizer import make_optimizer, opt_state_shardings
 from prolong_jax.rollout import cast_for_sampling, prompts_at_once
@@ -168,12 +168,13 @@ def programs(run: RunConfig, mesh: Mesh, model: Model, only: Sequence[str]) -> I
         batch = _sharded(example, NamedSharding(mesh, P(None, ROW_AXES)), shape)
         tokens = shape[1] * shape[2]
         forward = forward_flops(model.config, tokens, shape[2] / 2, tokens)
+        trained = for_training(model, mesh, run.model)
         temperature, optimizer = run.rollout.temperature, make_optimizer(run.optimizer)
         if "update" in only:
-            update = make_update(model, optimizer, mesh, run.loss, temperature)
+            update = make_update(trained, optimizer, mesh, run.loss, temperature)
             yield Program("update", update, (state, batch, 1), 3 * forward)
         if "score" in only:
-            score = make_score(model, temperature)
+            score = make_score(trained, temperature)
             yield Program("score", score, (state, batch, 1), 2 * forward)
     yield from _sampling(run, mesh, model, only, state)
 

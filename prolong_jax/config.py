@@ -27,6 +27,9 @@ class ModelSettings:
     path: str = TINY_BASE  # Hugging Face model directory
     shape: str = ""  # config.json that compile_check reads where `path` is no local directory
     dtype: str = "bfloat16"  # of activations and matrix products: bfloat16 or float32
+    attention: str = "auto"  # of packed rows: xla, splash (TPU) or cudnn (GPU); auto: by platform
+    remat: str = "layer"  # what is computed again for the gradient: none, dots (all but the
+    # products with weights) or layer (everything but the input of each layer)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class OptimizerSettings:
 class UpdateSettings:
     num_minibatches: int = 4  # optimizer steps per rollout
     micro_batch_rows: int = 8  # packed rows whose gradient is taken at once
-    row_len: int = 8096  # tokens of a packed row
+    row_len: int = 8192  # tokens of a packed row
     max_skipped: int = 5  # stop after so many updates in a row with a non-finite gradient
 
 
@@ -322,6 +325,12 @@ def check(run: RunConfig) -> None:
         run.model.dtype in ("float32", "bfloat16"),
         f"'model.dtype' must be float32 or bfloat16, got {run.model.dtype!r}.",
     )
+    for name, value, known in (
+        ("attention", run.model.attention, ("auto", "xla", "splash", "cudnn")),
+        ("remat", run.model.remat, ("none", "dots", "layer")),
+    ):
+        expected = f"{', '.join(known[:-1])} or {known[-1]}"
+        _require(value in known, f"'model.{name}' must be {expected}, got {value!r}.")
     wandb = run.metrics.wandb
     _require(
         wandb in ("off", "offline", "online"),

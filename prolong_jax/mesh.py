@@ -55,6 +55,11 @@ def by_rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, ROWS)
 
 
+def constrain(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
+    """Asks the compiler to lay out `x` like this; nothing to ask without a mesh."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def param_shardings(mesh: Mesh, shapes: PyTree) -> PyTree:
     """A sharding for each parameter, by the name of its layer.
 

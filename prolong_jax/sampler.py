@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from prolong_jax.masked import chosen_logp
-from prolong_jax.models.decoder import Cache, Model, causal_mask, positions_of
+from prolong_jax.models.attention import causal_mask
+from prolong_jax.models.decoder import Cache, Model, positions_of
 from prolong_jax.types import Array, PyTree
 
 

@@ -41,7 +41,7 @@ from prolong_jax.data.prompts import Prompt
 from prolong_jax.evaluate import evaluate, held_out_prompts
 from prolong_jax.mesh import make_mesh, param_shardings, replicated
 from prolong_jax.metrics import Progress, Writer, final_table
-from prolong_jax.models.decoder import Model
+from prolong_jax.models.decoder import Model, for_training
 from prolong_jax.models.hf import load_model
 from prolong_jax.optimizer import make_optimizer, opt_state_shardings
 from prolong_jax.report import write_report
@@ -72,6 +72,7 @@ class Setup:
 
     run: RunConfig
     collector: Collector
+    trained: Model  # that of the collector, as the update computes it
     validation: list[Prompt]
     sources: Sources
 
@@ -136,14 +137,13 @@ def train_step(
     host.cursor.position = record(host.cursor.position, rewards, run.data)
 
     # Packed rows, with the logprobs of the policy as it is now and of the reference.
-    score, update = programs(
-        setup.collector.model, mesh, run.loss, run.optimizer, run.rollout.temperature
-    )
+    score, update = programs(setup.trained, mesh, run.loss, run.optimizer, run.rollout.temperature)
     with timer("score"):
         batches = []
         for minibatch in split(kept, run.update.num_minibatches):
             items = [c for group in minibatch for c in conversations(group, run.rollout)]
-            batch, used = pack(items, **packing(run))
+            sharing = setup.trained.shares_prompts
+            batch, used = pack(items, **packing(run), share_prompts=sharing)
             batches.append((score(state, put_rows(mesh, batch), used), used))
         jax.block_until_ready(batches)
 
@@ -222,7 +222,8 @@ def train(run: RunConfig, workdir: Path) -> int:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", to_dict(run))
         collector = Collector(model, mesh, tokenizer, pool, run.seed)
-        setup = Setup(run, collector, held_out_prompts(run), sources)
+        trained = for_training(model, mesh, run.model)
+        setup = Setup(run, collector, trained, held_out_prompts(run), sources)
         size = sum(x.size for x in jax.tree.leaves(params)) / 1e6
         print(f"{size:.2f}M parameters from {run.model.path} on {mesh.size} {jax.devices()[0]}")
         with closing(Checkpointer(workdir / "checkpoints", run.checkpoint)) as checkpointer:

@@ -30,6 +30,7 @@ class Batch:
 
     A row holds segments one after the other and ends in padding. A segment is a prompt without its
     last token, or that last token and one response; all responses to a prompt see its segment.
+    Or, where prompts are not shared, a segment is a prompt and one response.
     The values at slot t are about token t, as predicted from the tokens that it sees.
     """
 

@@ -5,7 +5,7 @@ an argument of the compiled programs, so that one compilation serves every step.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -17,9 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from prolong_jax.config import LossSettings
 from prolong_jax.losses import grpo_loss
-from prolong_jax.masked import chosen_logp, divide, entropy, token_mean
+from prolong_jax.masked import divide, token_mean
 from prolong_jax.mesh import ROW_AXES, ROWS
-from prolong_jax.models.decoder import Model, packed_mask
+from prolong_jax.models.attention import Packed
+from prolong_jax.models.decoder import Model
 from prolong_jax.types import Array, Batch, Mean, PyTree, TrainState
 
 
@@ -39,8 +40,9 @@ def pack(
     row_len: int,
     micro_batch_rows: int,
     micro_batches: int,
+    share_prompts: bool = True,
 ) -> tuple[Batch, int]:
-    """Packs conversations into rows, longest first; in a row, a prompt stands once.
+    """Packs conversations into rows, longest first; in a row, a shared prompt stands once.
 
     A response follows its own copy of the last prompt token, so that each of its tokens is
     predicted at the slot before it. A row that holds the prompt already is preferred, then the
@@ -51,6 +53,7 @@ def pack(
       row_len: T, tokens of a row.
       micro_batch_rows: R.
       micro_batches: M, room for micro-batches.
+      share_prompts: false where every response keeps its prompt in its own segment.
 
     Returns:
       A host batch [M, R, T] with zero logprobs of policy and reference, and the number of
@@ -68,11 +71,11 @@ def pack(
             )
         fitting = [row for row in rows if row.added_len(item) <= row_len - row.length]
         if not fitting:
-            rows.append(_Row({}, 0))
+            rows.append(_Row(share_prompts))
             fitting = rows[-1:]
-        row = next((row for row in fitting if item.prompt.tobytes() in row.groups), fitting[0])
+        row = next((row for row in fitting if row.has_prompt(item)), fitting[0])
         row.length += row.added_len(item)
-        row.groups.setdefault(item.prompt.tobytes(), []).append(item)
+        row.groups.setdefault(row.key(item), []).append(item)
     used = -(-len(rows) // micro_batch_rows)
     if used > micro_batches:
         raise ValueError(f"update: {len(rows)} rows do not fit in {micro_batches} micro-batches.")
@@ -85,11 +88,18 @@ def pack(
 
 @dataclass
 class _Row:
-    groups: dict[bytes, list[Conversation]]  # by prompt
-    length: int  # tokens
+    share_prompts: bool
+    groups: dict[Any, list[Conversation]] = field(default_factory=dict)  # by shared prompt
+    length: int = 0  # tokens
+
+    def key(self, item: Conversation) -> Any:
+        return item.prompt.tobytes() if self.share_prompts else len(self.groups)
+
+    def has_prompt(self, item: Conversation) -> bool:
+        return self.key(item) in self.groups
 
     def added_len(self, item: Conversation) -> int:
-        shared = 0 if item.prompt.tobytes() in self.groups else len(item.prompt) - 1
+        shared = 0 if self.has_prompt(item) else len(item.prompt) - 1
         return shared + 1 + len(item.response)
 
 
@@ -126,7 +136,7 @@ def _write(batch: Batch, row: _Row) -> None:
         segment, prompt, shared_len = segment + 1, segment + 1, len(items[0].prompt) - 1
         start = put(items[0].prompt[:-1], 0, prompt).stop
         for item in items:
-            segment += 1
+            segment += row.share_prompts
             at = put(np.append(item.prompt[-1:], item.response), shared_len, prompt)
             response = slice(at.start + 1, at.stop)
             batch.mask[response] = True
@@ -140,16 +150,13 @@ def put_rows(mesh: Mesh, batch: Batch) -> Batch:
     return jax.device_put(batch, NamedSharding(mesh, P(None, ROW_AXES)))
 
 
-def token_logits(model: Model, params: PyTree, rows: Batch, temperature: float) -> Array:
-    """Logits f32 [B, T - 1, V], at the sampler's temperature, of the tokens 1 ... T - 1."""
-    mask_BTT = packed_mask(rows.segments, rows.prompts)
-    hidden_BTD, _ = model.hidden(params, rows.tokens, rows.positions, mask_BTT)
-    return model.logits(params, hidden_BTD[:, :-1]) / temperature
-
-
-def token_logp(logits_BTV: Array, rows: Batch) -> Array:
-    """Log-probability f32 [B, T] of each token; 0 for the first of a row."""
-    return jnp.pad(chosen_logp(logits_BTV, rows.tokens[:, 1:]), ((0, 0), (1, 0)))
+def token_logprobs(
+    model: Model, params: PyTree, rows: Batch, temperature: float
+) -> tuple[Array, Array]:
+    """Log-probability and entropy f32 [B, T] of the response tokens, at the sampler's temperature."""
+    seen = Packed(rows.segments, rows.prompts)
+    hidden_BTD, _ = model.hidden(params, rows.tokens, rows.positions, seen)
+    return model.token_logprobs(params, hidden_BTD, rows.tokens, rows.mask, temperature)
 
 
 def _micro_batch(batch: Batch, index: Array) -> Batch:
@@ -165,7 +172,7 @@ def make_score(model: Model, temperature: float) -> Callable[[TrainState, Batch,
             rows = _micro_batch(batch, index)
             for_both = []
             for params, out in zip((state.params, state.ref_params), filled, strict=True):
-                logp_BT = token_logp(token_logits(model, params, rows, temperature), rows)
+                logp_BT, _ = token_logprobs(model, params, rows, temperature)
                 for_both.append(jax.lax.dynamic_update_index_in_dim(out, logp_BT, index, 0))
             return tuple(for_both)
 
@@ -206,10 +213,8 @@ def make_update(
     global_sums = jax.shard_map(local_sums, mesh=mesh, in_specs=ROWS, out_specs=P())
 
     def objective(params: PyTree, rows: Batch) -> tuple[Array, tuple[Mean, dict[str, Mean]]]:
-        logits_BTV = token_logits(model, params, rows, temperature)
-        entropy_BT = entropy(jax.lax.stop_gradient(logits_BTV))
-        entropy_BT = jnp.pad(entropy_BT, ((0, 0), (1, 0)))
-        total, statistics = global_sums(token_logp(logits_BTV, rows), entropy_BT, rows)
+        logp_BT, entropy_BT = token_logprobs(model, params, rows, temperature)
+        total, statistics = global_sums(logp_BT, jax.lax.stop_gradient(entropy_BT), rows)
         return total.total, (total, statistics)
 
     gradient = jax.grad(objective, has_aux=True)

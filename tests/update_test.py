@@ -7,8 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from prolong_jax.config import LossSettings, MeshSettings, OptimizerSettings
+from prolong_jax.config import LossSettings, MeshSettings, ModelSettings, OptimizerSettings
 from prolong_jax.mesh import make_mesh, param_shardings
+from prolong_jax.models import logprobs
+from prolong_jax.models.decoder import for_training
 from prolong_jax.optimizer import make_optimizer
 from prolong_jax.train import initial_state
 from prolong_jax.types import TrainState
@@ -25,25 +27,35 @@ from tests.tiny import MODEL, random_conversations, random_params
 CONVERSATIONS = random_conversations(16)
 LOSS = LossSettings(kl_coef=0.1)
 LEARNING_RATE = 1.0
+ONE_DEVICE = for_training(MODEL, make_mesh(MeshSettings()), ModelSettings(remat="none"))
 SGD = optax.sgd(LEARNING_RATE)  # a step is the gradient itself
 
 
-def packed(conversations, rows=8, row_len=24, micro_batches=6):
-    return pack(conversations, row_len=row_len, micro_batch_rows=rows, micro_batches=micro_batches)
+def packed(conversations, rows=8, row_len=24, micro_batches=6, share_prompts=True):
+    return pack(
+        conversations,
+        row_len=row_len,
+        micro_batch_rows=rows,
+        micro_batches=micro_batches,
+        share_prompts=share_prompts,
+    )
 
 
-def gradient(rows=8, row_len=24, mesh=None, conversations=CONVERSATIONS, micro_batches=6):
+def gradient(
+    rows=8, row_len=24, mesh=None, conversations=CONVERSATIONS, micro_batches=6, model=ONE_DEVICE
+):
     """The gradient that an update applies, read off an SGD step, and the step's metrics."""
-    mesh = mesh or make_mesh(MeshSettings())
+    mesh = mesh or ONE_DEVICE.mesh
+    model = replace(model, mesh=mesh)
     params = jax.device_put(random_params(1), param_shardings(mesh, MODEL.shapes()))
     ref_params = jax.device_put(random_params(2), param_shardings(mesh, MODEL.shapes()))
     before = jax.device_get(params)
     state = TrainState(params, ref_params, SGD.init(params))
-    batch, used = packed(conversations, rows, row_len, micro_batches)
-    batch = scorer(0.9)(state, put_rows(mesh, batch), used)
+    batch, used = packed(conversations, rows, row_len, micro_batches, model.shares_prompts)
+    batch = make_score(model, 0.9)(state, put_rows(mesh, batch), used)
     # Pretend that the old policy was another one, so that ratios and clipping matter.
     batch = replace(batch, old_logp=batch.old_logp - 0.3 * batch.advantage)
-    state, metrics = make_update(MODEL, SGD, mesh, LOSS, 0.9)(state, batch, used)
+    state, metrics = make_update(model, SGD, mesh, LOSS, 0.9)(state, batch, used)
     delta = jax.tree.map(lambda a, b: (a - b) / LEARNING_RATE, before, jax.device_get(state.params))
     return delta, jax.device_get(metrics)
 
@@ -67,12 +79,31 @@ def test_micro_batches_do_not_change_the_gradient(reference, rows, micro_batches
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)])
+@pytest.mark.parametrize(
+    "shape", [(8, 1, 1), (1, 8, 1), (4, 2, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4)]
+)
 def test_meshes_do_not_change_the_gradient(reference, shape):
     delta, metrics = gradient(mesh=make_mesh(MeshSettings(*shape)))
     assert_same(reference[0], delta)
     for name, value in reference[1].items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"remat": "layer"}, {"remat": "dots"}, {"attention": "splash"}], ids=str
+)
+def test_remat_and_attention_do_not_change_the_gradient(reference, settings):
+    """Splash attention wants rows without shared prompts."""
+    delta, metrics = gradient(model=replace(ONE_DEVICE, **settings), row_len=32)
+    assert_same(reference[0], delta)
+    for name, value in reference[1].items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_blocks_of_the_vocabulary_do_not_change_the_gradient(reference, monkeypatch):
+    monkeypatch.setattr(logprobs, "VOCAB_BLOCK", 10)
+    monkeypatch.setattr(logprobs, "TOKEN_CHUNK", 7)
+    assert_same(reference[0], gradient(mesh=make_mesh(MeshSettings(2, 2, 2)))[0])
 
 
 def test_packing_and_padding_do_not_change_the_gradient(reference):
@@ -121,12 +152,12 @@ def test_gradient_is_that_of_the_written_formula(reference):
     np.testing.assert_allclose(reference[1]["update/loss"], value, rtol=1e-5)
 
 
-scorer = functools.cache(functools.partial(make_score, MODEL))  # compiled once per temperature
+scorer = functools.cache(functools.partial(make_score, ONE_DEVICE))  # compiled once per temperature
 
 
 @functools.cache
 def updater(optimizer, temperature):
-    return make_update(MODEL, optimizer, make_mesh(MeshSettings()), LOSS, temperature)
+    return make_update(ONE_DEVICE, optimizer, make_mesh(MeshSettings()), LOSS, temperature)
 
 
 @functools.cache
@@ -241,9 +272,26 @@ def test_pack_keeps_every_token_once():
         packed(CONVERSATIONS, row_len=10)
 
 
-def test_a_prompt_stands_once_in_a_row():
+def group_of_four():
     prompt, sampler_logp = np.arange(10, dtype=np.int32), np.zeros(3, np.float32)
-    group = [Conversation(prompt, np.full(3, i, np.int32), sampler_logp, 0.0) for i in range(4)]
+    return [Conversation(prompt, np.full(3, i, np.int32), sampler_logp, 0.0) for i in range(4)]
+
+
+def test_prompts_that_are_not_shared_are_in_the_segment_of_their_response():
+    batch, used = packed(group_of_four(), rows=1, row_len=2 * 13, share_prompts=False)
+    assert used == 2
+    for row in range(2):
+        np.testing.assert_array_equal(batch.segments[row, 0], [1] * 13 + [2] * 13)
+        np.testing.assert_array_equal(batch.prompts[row, 0], batch.segments[row, 0])
+        np.testing.assert_array_equal(batch.positions[row, 0], [*range(13), *range(13)])
+        np.testing.assert_array_equal(batch.tokens[row, 0, :10], range(10))
+        np.testing.assert_array_equal(
+            batch.mask[row, 0], [False] * 10 + [True] * 3 + [False] * 10 + [True] * 3
+        )
+
+
+def test_a_prompt_stands_once_in_a_row():
+    group = group_of_four()
     batch, used = packed(group, rows=1, row_len=9 + 4 * 4)
     assert used == 1
     np.testing.assert_array_equal(

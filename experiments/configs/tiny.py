@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "total_steps": 100,
-            "model": {"dtype": "float32"},
+            "model": {"dtype": "float32", "remat": "none"},
             "rollout": {
                 "prompts_per_step": 24,
                 "group_size": 8,

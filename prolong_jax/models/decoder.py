@@ -4,15 +4,29 @@
 of the package only sees `model.hidden(params, ...)` and `model.logits(params, ...)`.
 """
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from prolong_jax.config import ModelSettings
+from prolong_jax.mesh import ROW_AXES, constrain
+from prolong_jax.models.attention import Packed, attend, attend_packed, backend_for
+from prolong_jax.models.logprobs import token_logprobs
 from prolong_jax.types import Array, PyTree
 
+# What the backward pass keeps of a layer: all; its products with weights; its input alone.
+REMAT = {
+    "none": lambda layer: layer,
+    "dots": partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "layer": jax.checkpoint,
+}
 Cache = tuple[tuple[Array, Array], ...]  # per layer: keys [B, K, C, S], values [B, K, S, C]
 
 
@@ -44,18 +58,6 @@ def _rotate(x_BTHC: Array, positions_BT: Array, theta: float) -> Array:
     return turned.astype(x_BTHC.dtype)
 
 
-def attend(q_BTHC: Array, k_BKCS: Array, v_BKSC: Array, mask_BTS: Array) -> Array:
-    """Grouped-query attention in plain XLA; softmax in float32. Returns [B, T, H, C]."""
-    (B, T, H, C), (K, S) = q_BTHC.shape, (k_BKCS.shape[1], k_BKCS.shape[3])
-    G = H // K  # query heads that share a kv head
-    q_BKXC = q_BTHC.reshape(B, T, K, G, C).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, C)
-    scores = jnp.matmul(q_BKXC * C**-0.5, k_BKCS, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_BTS[:, None, None], scores.reshape(B, K, G, T, S), -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSC.dtype)
-    out_BKXC = jnp.matmul(weights.reshape(B, K, G * T, S), v_BKSC)
-    return out_BKXC.reshape(B, K, G, T, C).transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
-
-
 class Layer(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
@@ -77,20 +79,34 @@ class Layer(nnx.Module):
         self.up = linear(D, config.ff_dim)
         self.down = linear(config.ff_dim, D)
 
-    def __call__(self, x_BTD, positions_BT, mask_BTS, cache, slot):
+    def __call__(self, x_BTD, positions_BT, seen, cache, slot, model: "Model"):
         config = self.config
         y = self.attention_norm(x_BTD)
         heads = (*y.shape[:2], -1, config.head_dim)
         q_BTHC = _rotate(self.query(y).reshape(heads), positions_BT, config.rope_theta)
         k_BTKC = _rotate(self.key(y).reshape(heads), positions_BT, config.rope_theta)
-        k, v = k_BTKC.transpose(0, 2, 3, 1), self.value(y).reshape(heads).transpose(0, 2, 1, 3)
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), slot, 3)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), slot, 2)
-        attended = attend(q_BTHC, k, v, mask_BTS)
+        v_BTKC = self.value(y).reshape(heads)
+        if isinstance(seen, Packed):
+            cache, backend = None, model.attention
+            attended = attend_packed(q_BTHC, k_BTKC, v_BTKC, seen, backend, model.mesh)
+        else:
+            cache = _extended(
+                cache, k_BTKC.transpose(0, 2, 3, 1), v_BTKC.transpose(0, 2, 1, 3), slot
+            )
+            attended = attend(q_BTHC, *cache, seen)
         x_BTD = x_BTD + self.out(attended.reshape(*y.shape[:2], -1))
         y = self.mlp_norm(x_BTD)
-        return x_BTD + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), (k, v)
+        return x_BTD + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), cache
+
+
+def _extended(cache, k_BKCT, v_BKTC, slot):
+    """The cache with new keys and values from `slot` on; these alone where there is none."""
+    if cache is None:
+        return k_BKCT, v_BKTC
+    k_BKCS, v_BKSC = cache
+    k_BKCS = jax.lax.dynamic_update_slice_in_dim(k_BKCS, k_BKCT.astype(k_BKCS.dtype), slot, 3)
+    v_BKSC = jax.lax.dynamic_update_slice_in_dim(v_BKSC, v_BKTC.astype(v_BKSC.dtype), slot, 2)
+    return k_BKCS, v_BKSC
 
 
 class Decoder(nnx.Module):
@@ -107,20 +123,34 @@ class Decoder(nnx.Module):
                 config.width, config.vocab_size, use_bias=False, kernel_init=init, rngs=rngs
             )
 
-    def hidden(self, tokens_BT, positions_BT, mask_BTS, cache, slot):
-        x_BTD = self.embed(tokens_BT)
+    def hidden(self, tokens_BT, positions_BT, seen, cache, slot, model: "Model"):
+        x_BTD = self._embedded(tokens_BT, model)
         caches = []
         for i, layer in enumerate(self.layers):
-            layer_cache = None if cache is None else cache[i]
-            x_BTD, layer_cache = layer(x_BTD, positions_BT, mask_BTS, layer_cache, slot)
+
+            def one(x_BTD, layer=layer, cache=None if cache is None else cache[i]):
+                x_BTD = constrain(x_BTD, model.mesh, P(ROW_AXES))
+                return layer(x_BTD, positions_BT, seen, cache, slot, model)
+
+            x_BTD, layer_cache = REMAT[model.remat](one)(x_BTD)
             caches.append(layer_cache)
         return self.norm(x_BTD), tuple(caches)
 
+    def _embedded(self, tokens_BT, model: "Model"):
+        """Every device looks up its part of the width for the rows of all, then they exchange.
+
+        So the table, which grows with the vocabulary, stays where it is.
+        """
+        tokens_BT = constrain(tokens_BT, model.mesh, P("data"))
+        x_BTD = constrain(self.embed(tokens_BT), model.mesh, P("data", None, "fsdp"))
+        return constrain(x_BTD, model.mesh, P(ROW_AXES))
+
+    def head_VD(self):
+        return self.embed.embedding[...] if self.tied_head else self.head.kernel[...].T
+
     def logits(self, x_BTD):
-        x_BTD = x_BTD.astype(jnp.float32)
-        if self.tied_head:
-            return x_BTD @ self.embed.embedding[...].astype(jnp.float32).T
-        return self.head(x_BTD)
+        head_VD = self.head_VD().astype(x_BTD.dtype)
+        return jnp.einsum("btd,vd->btv", x_BTD, head_VD, preferred_element_type=jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -129,6 +159,14 @@ class Model:
 
     config: ModelConfig
     dtype: jnp.dtype = field(default=jnp.float32)  # of activations and matrix products
+    attention: str = "xla"  # of packed rows: xla, splash or cudnn
+    remat: str = "none"  # a key of REMAT
+    mesh: Mesh | None = None  # that packed rows are split over; None on one device
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether responses of a packed row may see a prompt outside their own segment."""
+        return self.attention != "splash"
 
     @cached_property
     def _split(self):
@@ -153,49 +191,50 @@ class Model:
         params: PyTree,
         tokens_BT: Array,
         positions_BT: Array,
-        mask_BTS: Array,
+        seen: Array | Packed,
         cache: Cache | None = None,
         slot: Array | int = 0,
-    ) -> tuple[Array, Cache]:
-        """Final hidden states [B, T, D] and the keys and values of every layer.
+    ) -> tuple[Array, tuple]:
+        """Final hidden states [B, T, D], and the keys and values of every layer.
 
         Args:
           params: parameters, as from `init`.
           tokens_BT: i32 token ids.
           positions_BT: i32 position of each token in its sequence, from 0; sets the rotation.
-          mask_BTS: bool, true where token t may attend to slot s. Without a cache the slots are
-            the T tokens themselves.
+          seen: what token t may attend to. `Packed` segments, which leave no keys and values
+            behind; or a mask [B, T, S], true where it may attend to slot s. Without a cache the
+            slots are the T tokens themselves.
           cache: keys and values so far. The T tokens are written at slots `slot ... slot + T`.
           slot: i32 [], first slot to write.
         """
-        return self._bind(params).hidden(tokens_BT, positions_BT, mask_BTS, cache, slot)
+        module = self._bind(params)
+        return module.hidden(tokens_BT, positions_BT, seen, cache, slot, self)
 
     def logits(self, params: PyTree, hidden_BTD: Array) -> Array:
         """Next-token logits f32 [B, T, V]."""
         return self._bind(params).logits(hidden_BTD)
 
+    def token_logprobs(
+        self,
+        params: PyTree,
+        hidden_BTD: Array,
+        tokens_BT: Array,
+        mask_BT: Array,
+        temperature: float,
+    ) -> tuple[Array, Array]:
+        """Log-probability and entropy of tokens 1 ... T - 1; see `logprobs.token_logprobs`."""
+        head_VD = self._bind(params).head_VD()
+        return token_logprobs(hidden_BTD, head_VD, tokens_BT, mask_BT, temperature, self.mesh)
 
-def causal_mask(valid_BT: Array) -> Array:
-    """bool [B, T, T]: each token attends to the real tokens up to and including itself.
 
-    A padding token attends to itself, so that no softmax runs over an empty set.
+def for_training(model: Model, mesh: Mesh, settings: ModelSettings) -> Model:
+    """The model as the update computes it: on the mesh, with the platform's attention.
+
+    Raises:
+      ValueError: an attention backend that the platform does not have.
     """
-    T = valid_BT.shape[1]
-    order = jnp.arange(T)
-    causal = order[:, None] >= order[None, :]
-    return (causal & valid_BT[:, None, :]) | jnp.eye(T, dtype=bool)
-
-
-def packed_mask(segments_BT: Array, prompts_BT: Array) -> Array:
-    """bool [B, T, T]: as `causal_mask`, within a segment of the row and from there to its prompt.
-
-    Args:
-      segments_BT: number of the token's segment in its row; 0 is padding.
-      prompts_BT: number of the segment that holds the prompt of the token's segment.
-    """
-    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
-    prompt_BTT = prompts_BT[:, :, None] == segments_BT[:, None, :]
-    return causal_mask(segments_BT > 0) & (same_BTT | prompt_BTT)
+    backend = backend_for(settings.attention, mesh.devices.flat[0].platform, model.dtype)
+    return replace(model, attention=backend, remat=settings.remat, mesh=mesh)
 
 
 def positions_of(valid_BT: Array) -> Array:

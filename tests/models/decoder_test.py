@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from prolong_jax.config import TINY_BASE
-from prolong_jax.models.decoder import Model, ModelConfig, causal_mask, positions_of
+from prolong_jax.models.attention import causal_mask
+from prolong_jax.models.decoder import Model, ModelConfig, positions_of
 from prolong_jax.models.hf import load_params, read_config, save_pretrained
 from tests.tiny import MODEL, random_params
 

@@ -1,0 +1,117 @@
+"""The attention backends against a numpy loop over tokens."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prolong_jax.config import MeshSettings, ModelSettings
+from prolong_jax.mesh import make_mesh
+from prolong_jax.models import attention
+from prolong_jax.models.attention import Packed, attend_packed, backend_for
+from prolong_jax.models.decoder import Model, for_training
+from tests.tiny import SHAPE
+
+B, T, K, C = 2, 45, 2, 16
+
+
+def rows(heads=4, shared=True, seed=0):
+    """Queries, keys, values, and two rows with a prompt, its responses and padding."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.normal(size=(B, T, n, C)).astype(np.float32) for n in (heads, K, K))
+    segments, prompts = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
+    for row, lengths in enumerate([(9, 12, 7), (20, 5, 1, 11)]):
+        start = 0
+        for number, length in enumerate(lengths, 1):
+            segments[row, start : start + length] = number
+            prompts[row, start : start + length] = 1 if shared else number
+            start += length
+    return q, k, v, Packed(segments, prompts)
+
+
+def loop(q, k, v, packed):
+    """One token at a time; zero where the row is padding."""
+    out = np.zeros_like(q)
+    for row, t, h in np.ndindex(B, T, q.shape[2]):
+        own, prompt = packed.segments[row, t], packed.prompts[row, t]
+        seen = [s for s in range(t + 1) if own and packed.segments[row, s] in (own, prompt)]
+        if seen:
+            kv = h * K // q.shape[2]
+            scores = q[row, t, h] @ k[row, seen, kv].T / np.sqrt(C)
+            weights = np.exp(scores - scores.max())
+            out[row, t, h] = weights @ v[row, seen, kv] / weights.sum()
+    return out
+
+
+def output(q, k, v, packed, backend="xla", mesh=None):
+    run = jax.jit(attend_packed, static_argnums=(4, 5))
+    return np.asarray(run(q, k, v, Packed(*map(jnp.asarray, packed)), backend, mesh))
+
+
+def assert_equal_where_real(found, expected, packed, atol=2e-5):
+    real = packed.segments > 0
+    np.testing.assert_allclose(found[real], expected[real], atol=atol)
+
+
+@pytest.mark.parametrize("block", [512, 45, 44, 15, 8, 1])
+@pytest.mark.parametrize("shared", [True, False])
+def test_plain_attention_is_that_of_the_loop(monkeypatch, block, shared):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    inputs = rows(shared=shared)
+    assert_equal_where_real(output(*inputs), loop(*inputs), inputs[3])
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 1, 1), (1, 2, 2), (1, 2, 4)])
+def test_splash_attention_is_that_of_the_loop(mesh):
+    """Interpreted on CPU. Four tensor shards are more than there are kv heads."""
+    inputs = rows(shared=False)
+    placed = None if mesh is None else make_mesh(MeshSettings(*mesh))
+    found = output(*inputs, backend="splash", mesh=placed)
+    assert_equal_where_real(found, loop(*inputs), inputs[3])
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash"])
+def test_gradients_are_those_of_plain_attention(monkeypatch, backend):
+    q, k, v, packed = rows(shared=False)
+    packed = Packed(*map(jnp.asarray, packed))
+    weights = jax.random.normal(jax.random.key(0), q.shape) * (packed.segments > 0)[..., None, None]
+
+    def gradients(backend):
+        def total(q, k, v):
+            return (weights * attend_packed(q, k, v, packed, backend, None)).sum()
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(q, k, v)
+
+    expected = gradients("xla")
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
+    for found, wanted in zip(gradients(backend), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=5e-5)
+
+
+def test_the_backend_follows_the_platform():
+    assert backend_for("auto", "cpu", jnp.float32) == "xla"
+    assert backend_for("auto", "tpu", jnp.bfloat16) == "splash"
+    assert backend_for("auto", "gpu", jnp.bfloat16) == "cudnn"
+    assert backend_for("auto", "gpu", jnp.float32) == "xla"
+    assert backend_for("xla", "tpu", jnp.bfloat16) == "xla"
+    with pytest.raises(ValueError, match="'model.attention' = 'cudnn' does not run on tpu"):
+        backend_for("cudnn", "tpu", jnp.bfloat16)
+    with pytest.raises(ValueError, match="does not run on gpu with float32; expected auto, xla."):
+        backend_for("cudnn", "gpu", jnp.float32)
+    model = for_training(Model(SHAPE), make_mesh(MeshSettings()), ModelSettings(attention="splash"))
+    assert not model.shares_prompts and replace(model, attention="xla").shares_prompts
+
+
+@pytest.mark.accelerator
+def test_the_accelerators_backend_is_plain_attention():
+    backend = backend_for("auto", jax.default_backend(), jnp.bfloat16)
+    assert backend != "xla"
+    q, k, v, packed = rows(shared=backend != "splash")
+    expected = loop(
+        *(np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in (q, k, v)), packed
+    )
+    half = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+    found = output(*half, packed, backend).astype(np.float32)
+    assert_equal_where_real(found, expected, packed, atol=3e-2)
