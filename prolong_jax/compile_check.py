@@ -199,7 +199,9 @@ def _sampling(
         sampled = _sharded(jax.eval_shape(sampler._prefill, *arguments), rows)
         step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
         flops = forward_flops(model.config, count * G, S + T / 2, count * G)
-        yield Program("decode", sampler._decode, (model, params, sampled, step, 0, rule), flops, state)
+        yield Program(
+            "decode", sampler._decode, (model, params, sampled, step, 0, rule), flops, state
+        )
 
 
 def _state(run: RunConfig, mesh: Mesh, model: Model) -> TrainState:

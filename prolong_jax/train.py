@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from prolong_jax import stages
@@ -39,7 +38,7 @@ from prolong_jax.config import (
 from prolong_jax.data.mixture import Position, Sources, next_prompts, open_sources, record
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.evaluate import evaluate, held_out_prompts
-from prolong_jax.mesh import make_mesh, param_shardings, replicated
+from prolong_jax.mesh import make_mesh, param_shardings
 from prolong_jax.metrics import Progress, Writer, final_table
 from prolong_jax.models.decoder import Model, for_training
 from prolong_jax.models.hf import load_model

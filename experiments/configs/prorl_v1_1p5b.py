@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
                 "path": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
                 "shape": str(ASSETS / "shapes" / "qwen2_1p5b_r1.json"),
             },
-            "mesh": {"fsdp": 16},
+            "mesh": {"fsdp": 8},
             "rollout": {"max_prompt_len": 1024, "max_response_len": 15360},
-            "update": {"row_len": 16384, "micro_batch_rows": 16},
+            "update": {"row_len": 16384, "micro_batch_rows": 8},
         }
     )
