@@ -27,7 +27,8 @@ from tests.tiny import MODEL, random_conversations, random_params
 CONVERSATIONS = random_conversations(16)
 LOSS = LossSettings(kl_coef=0.1)
 LEARNING_RATE = 1.0
-ONE_DEVICE = for_training(MODEL, make_mesh(MeshSettings()), ModelSettings(remat="none"))
+MESH = make_mesh(MeshSettings())
+ONE_DEVICE = for_training(MODEL, MESH, ModelSettings(remat="none"))
 SGD = optax.sgd(LEARNING_RATE)  # a step is the gradient itself
 
 
@@ -45,7 +46,7 @@ def gradient(
     rows=8, row_len=24, mesh=None, conversations=CONVERSATIONS, micro_batches=6, model=ONE_DEVICE
 ):
     """The gradient that an update applies, read off an SGD step, and the step's metrics."""
-    mesh = mesh or ONE_DEVICE.mesh
+    mesh = mesh or MESH
     model = replace(model, mesh=mesh)
     params = jax.device_put(random_params(1), param_shardings(mesh, MODEL.shapes()))
     ref_params = jax.device_put(random_params(2), param_shardings(mesh, MODEL.shapes()))

@@ -17,7 +17,8 @@ from prolong_jax.types import Array
 
 BACKENDS = {"tpu": "splash", "gpu": "cudnn"}  # by platform; others have plain XLA
 QUERY_BLOCK = 512  # queries whose weights plain XLA holds at once; longer rows are walked
-SPLASH_BLOCK = 512  # queries and keys of a block of splash attention
+SPLASH_BLOCK = 512  # queries and keys that splash attention multiplies at once
+SPLASH_READ = 2048  # keys that it reads at once; its backward has a copy of dq for each such block
 
 
 class Packed(NamedTuple):
@@ -121,12 +122,13 @@ def _splash(q_BTHC, k_BTKC, v_BTKC, segments_BT, mesh):
     T, C = q_BTHC.shape[1], q_BTHC.shape[3]
     size = min(SPLASH_BLOCK, -(-T // 128) * 128)
     pad, padded = -T % size, T + -T % size
+    read = next(n for n in range(SPLASH_READ // size * size, 0, -size) if padded % n == 0)
     blocks = BlockSizes(
         block_q=size,
-        block_kv=size,
+        block_kv=read,
         block_kv_compute=size,
         block_q_dkv=size,
-        block_kv_dkv=size,
+        block_kv_dkv=read,
         block_kv_dkv_compute=size,
         use_fused_bwd_kernel=True,
     )

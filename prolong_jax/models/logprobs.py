@@ -20,7 +20,6 @@ TOKEN_CHUNK = 2048  # response tokens of each row
 LOWEST = -1e30  # for -inf, where -inf - -inf would be NaN
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def token_logprobs(
     hidden_BTD: Array,
     head_VD: Array,
@@ -45,6 +44,14 @@ def token_logprobs(
       f32 [B, T] nats and f32 [B, T] nats, both 0 where the mask is false. Products accumulate in
       float32, and so does the softmax.
     """
+    logp_BT, entropy_BT = _token_logprobs(
+        hidden_BTD, head_VD, tokens_BT, mask_BT, temperature, mesh
+    )
+    return logp_BT, entropy_BT
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _token_logprobs(hidden_BTD, head_VD, tokens_BT, mask_BT, temperature, mesh):
     return _forward(hidden_BTD, head_VD, tokens_BT, mask_BT, temperature, mesh)[0]
 
 
@@ -194,4 +201,4 @@ def _backward(temperature, mesh, saved, cotangents):
     return walk.by_rows(d_hidden_BTD), d_head_VD, None, None
 
 
-token_logprobs.defvjp(_forward, _backward)
+_token_logprobs.defvjp(_forward, _backward)

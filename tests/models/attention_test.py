@@ -28,15 +28,15 @@ def rows(heads=4, shared=True, seed=0):
             segments[row, start : start + length] = number
             prompts[row, start : start + length] = 1 if shared else number
             start += length
-    return q, k, v, Packed(segments, prompts)
+    return q, k, v, Packed(jnp.asarray(segments), jnp.asarray(prompts))
 
 
 def loop(q, k, v, packed):
     """One token at a time; zero where the row is padding."""
-    out = np.zeros_like(q)
+    out, segments, prompts = np.zeros_like(q), *map(np.asarray, packed)
     for row, t, h in np.ndindex(B, T, q.shape[2]):
-        own, prompt = packed.segments[row, t], packed.prompts[row, t]
-        seen = [s for s in range(t + 1) if own and packed.segments[row, s] in (own, prompt)]
+        own, prompt = segments[row, t], prompts[row, t]
+        seen = [s for s in range(t + 1) if own and segments[row, s] in (own, prompt)]
         if seen:
             kv = h * K // q.shape[2]
             scores = q[row, t, h] @ k[row, seen, kv].T / np.sqrt(C)
@@ -47,11 +47,11 @@ def loop(q, k, v, packed):
 
 def output(q, k, v, packed, backend="xla", mesh=None):
     run = jax.jit(attend_packed, static_argnums=(4, 5))
-    return np.asarray(run(q, k, v, Packed(*map(jnp.asarray, packed)), backend, mesh))
+    return np.asarray(run(q, k, v, packed, backend, mesh))
 
 
 def assert_equal_where_real(found, expected, packed, atol=2e-5):
-    real = packed.segments > 0
+    real = np.asarray(packed.segments > 0)
     np.testing.assert_allclose(found[real], expected[real], atol=atol)
 
 
@@ -75,7 +75,6 @@ def test_splash_attention_is_that_of_the_loop(mesh):
 @pytest.mark.parametrize("backend", ["xla", "splash"])
 def test_gradients_are_those_of_plain_attention(monkeypatch, backend):
     q, k, v, packed = rows(shared=False)
-    packed = Packed(*map(jnp.asarray, packed))
     weights = jax.random.normal(jax.random.key(0), q.shape) * (packed.segments > 0)[..., None, None]
 
     def gradients(backend):
@@ -108,10 +107,9 @@ def test_the_backend_follows_the_platform():
 def test_the_accelerators_backend_is_plain_attention():
     backend = backend_for("auto", jax.default_backend(), jnp.bfloat16)
     assert backend != "xla"
-    q, k, v, packed = rows(shared=backend != "splash")
-    expected = loop(
-        *(np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in (q, k, v)), packed
-    )
-    half = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
-    found = output(*half, packed, backend).astype(np.float32)
+    *arrays, packed = rows(shared=backend != "splash")
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in arrays)
+    q32, k32, v32 = (np.asarray(x, np.float32) for x in (q, k, v))
+    expected = loop(q32, k32, v32, packed)
+    found = output(q, k, v, packed, backend).astype(np.float32)
     assert_equal_where_real(found, expected, packed, atol=3e-2)
