@@ -64,7 +64,7 @@ class Program:
 # --- targets -------------------------------------------------------------------------------------
 
 
-def target_devices(topology: str) -> list[jax.Device]:
+def target_devices(topology: str) -> list[Any]:
     """The devices of a topology such as v5e:4x4 or h100:8, to compile for.
 
     Raises:
@@ -332,7 +332,7 @@ def _too_large(message: str, found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def largest_micro_batch(run: RunConfig, topology: str, devices: Sequence[jax.Device]) -> int:
+def largest_micro_batch(run: RunConfig, topology: str, devices: Sequence[Any]) -> int:
     """The most rows of a micro-batch with which the update fits, by doubling and bisection; or 0."""
     sizes, unit = packing(run), run.mesh.data * run.mesh.fsdp
     most = -(-sizes["micro_batches"] * sizes["micro_batch_rows"] // unit)
