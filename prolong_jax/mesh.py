@@ -60,6 +60,12 @@ def constrain(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def weight_spec(layer: str, kind: str) -> P:
+    """How a weight is split: `kind` is kernel, bias, scale or embedding."""
+    axes = _WEIGHTS.get(layer, ())
+    return P(*(axes[-1:] if kind == "bias" else axes))
+
+
 def param_shardings(mesh: Mesh, shapes: PyTree) -> PyTree:
     """A sharding for each parameter, by the name of its layer.
 
@@ -68,15 +74,13 @@ def param_shardings(mesh: Mesh, shapes: PyTree) -> PyTree:
     """
 
     def sharding(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        layer, kind = path[-2].key, path[-1].key
-        axes = _WEIGHTS.get(layer, ())
-        spec = axes[-1:] if kind == "bias" else axes
+        spec = weight_spec(path[-2].key, path[-1].key)
         for axis, size in zip(spec, leaf.shape, strict=False):
             if size % mesh.shape[axis]:
                 raise ValueError(
                     f"mesh: {axis} = {mesh.shape[axis]} does not divide the dimension {size} of "
                     f"the weight {jax.tree_util.keystr(path)}; choose a divisor of {size}."
                 )
-        return NamedSharding(mesh, P(*spec))
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, shapes)

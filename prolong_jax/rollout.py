@@ -94,13 +94,13 @@ class Timer:
 
 
 def cast_for_sampling(model: Model, params: PyTree) -> PyTree:
-    """Layers in the dtype of the products.
+    """The weights in the dtype of the products.
 
-    Embedding and head stay in float32, as the trainer uses them for its logits.
+    Scales of norms stay in float32, as the trainer has them.
     """
 
     def cast(path: tuple, x: jax.Array) -> jax.Array:
-        return x if path[0].key in ("embed", "head") else x.astype(model.dtype)
+        return x if path[-1].key == "scale" else x.astype(model.dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -1,7 +1,7 @@
 """Published limits of accelerators, and what a compiled program asks of them.
 
 Counts are read from the text of the optimised HLO, whose shapes are those of one device. The body
-of a loop counts as often as XLA knows that it runs (`known_trip_count`), else once.
+of a loop counts as often as the text says that it runs, else once.
 """
 
 import math
@@ -61,6 +61,7 @@ class Instruction:
     opcode: str
     shape: str  # as printed, of the result
     operands: tuple[str, ...]
+    argument: str  # all that stands in the brackets
     attributes: str
     is_root: bool
 
@@ -123,14 +124,34 @@ def _instruction(line: str) -> Instruction | None:
         depth += {"(": 1, ")": -1}.get(right[end], 0)
         end += 1
     name = left.replace("ROOT", "").strip().lstrip("%")
-    operands = tuple(_NAME.findall(right[start:end]))
-    shape = right[: opcode.start()]
-    return Instruction(name, opcode.group(1), shape, operands, right[end:], "ROOT" in left)
+    return Instruction(
+        name=name,
+        opcode=opcode.group(1),
+        shape=right[: opcode.start()],
+        operands=tuple(_NAME.findall(right[start:end])),
+        argument=right[start : end - 1],
+        attributes=right[end:],
+        is_root="ROOT" in left,
+    )
 
 
-def trip_count(instruction: Instruction) -> int | None:
-    known = re.search(r'known_trip_count\\?"?:\s*\{\\?"n\\?":\\?"(\d+)', instruction.attributes)
-    return int(known.group(1)) if known else None
+def trip_count(loop: Instruction, computations: Mapping[str, list[Instruction]]) -> int | None:
+    """How often a `while` runs, where its text says so.
+
+    TPU compilers print no `known_trip_count`: there a counter that must stay below a constant is
+    taken to go from 0 in steps of 1.
+    """
+    known = re.search(r'known_trip_count\\?"?:\s*\{\\?"n\\?":\\?"(\d+)', loop.attributes)
+    if known:
+        return int(known.group(1))
+    condition = re.search(r"condition=%([\w.\-]+)", loop.attributes)
+    body = computations.get(condition.group(1), []) if condition else []
+    constants = {i.name: i.argument for i in body if i.opcode == "constant"}
+    for root in (i for i in body if i.is_root and i.opcode == "compare"):
+        limit = constants.get(root.operands[1], "")
+        if "direction=LT" in root.attributes and limit.isdigit():
+            return int(limit)
+    return None
 
 
 def group_size(attributes: str, devices: int) -> int:
@@ -173,7 +194,7 @@ def demand(text: str, devices: int) -> Demand:
         shapes = {i.name: i.shape for i in computations[name]}
         scattering = "all-reduce-scatter" in name  # how TPUs write a reduce-scatter
         for item in computations[name]:
-            unknown += item.opcode == "while" and trip_count(item) is None
+            unknown += item.opcode == "while" and trip_count(item, computations) is None
             kind = item.opcode.removesuffix("-start")
             # On TPUs one collective in steps is several instructions of one chain.
             chain = re.findall(r'chain_id="\d+"|channel_id=\d+', item.attributes)
@@ -215,7 +236,7 @@ def _executions(
         yield name, times, in_fusion
         for item in computations[name]:
             inner = in_fusion or item.opcode in ("fusion", "reduce", "scatter", "sort", "map")
-            loop = (trip_count(item) or 1) if item.opcode == "while" else 1
+            loop = (trip_count(item, computations) or 1) if item.opcode == "while" else 1
             branches = re.search(r"branch_computations=\{([^}]*)\}", item.attributes)
             called = [called for _, called in _CALLED.findall(item.attributes)]
             called += _NAME.findall(branches.group(1)) if branches else []

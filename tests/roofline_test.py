@@ -106,13 +106,19 @@ TPU = """HloModule m
   %picked = f32[8,128]{1,0} fusion(%all, %n), kind=kLoop, calls=%pick
   ROOT %t = (s32[], f32[4,8,128]{2,1,0}) tuple(%n, %all)
 }
+%below (d: (s32[], f32[4,8,128])) -> pred[] {
+  %d = (s32[], f32[4,8,128]{2,1,0}) parameter(0)
+  %four = s32[]{:T(128)} constant(4)
+  %count = s32[]{:T(128)} get-tuple-element(%d), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%count, %four), direction=LT
+}
 ENTRY %main (x: f32[64,128], y: bf16[16,128], z: (s32[], f32[4,8,128])) -> f32[16,128] {
   %x = f32[64,128]{1,0:T(8,128)} parameter(0)
   %y = bf16[16,128]{1,0:T(8,128)(2,1)S(1)} parameter(1)
   %z = (s32[], f32[4,8,128]{2,1,0}) parameter(2)
   %g1 = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} fusion(%y), kind=kCustom, calls=%step.1
   %g2 = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} fusion(%y), kind=kCustom, calls=%step.2
-  %loop = (s32[], f32[4,8,128]{2,1,0}) while(%z), condition=%none, body=%body, backend_config={"known_trip_count":{"n":"4"}}
+  %loop = (s32[], f32[4,8,128]{2,1,0}) while(%z), condition=%below, body=%body
   ROOT %s = f32[16,128]{1,0:T(8,128)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """
@@ -125,7 +131,11 @@ def test_forms_of_tpu_compilers():
     assert (gather.count, gather.bytes) == (1, 64 * 128 * 2 * 3 / 4)
     assert (scatter.count, scatter.bytes) == (1, 64 * 128 * 4 * 3 / 4)
     # The scatter reads 64 rows and writes 16; each of 4 rounds reads and writes one slice.
-    assert found.bytes == 4 * 128 * (64 + 16) + 4 * (2 * 8 * 128 * 4 + 4)
+    compared = 4 + 4 + 1
+    assert found.bytes == 4 * 128 * (64 + 16) + 4 * (2 * 8 * 128 * 4 + 4 + compared)
+    assert found.loops_counted_once == 0
+    told = TPU.replace("condition=%below", 'backend_config={"known_trip_count":{"n":"4"}}')
+    assert demand(told, 8).bytes == found.bytes - 4 * compared
 
 
 def test_sizes_and_groups():

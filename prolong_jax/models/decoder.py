@@ -14,18 +14,15 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from prolong_jax.config import ModelSettings
-from prolong_jax.mesh import ROW_AXES, constrain
+from prolong_jax.mesh import ROW_AXES, constrain, weight_spec
 from prolong_jax.models.attention import Packed, attend, attend_packed, backend_for
 from prolong_jax.models.logprobs import token_logprobs
 from prolong_jax.types import Array, PyTree
 
-# What the backward pass keeps of a layer: all; its products with weights; its input alone.
+# What the backward pass keeps of a layer beside its input; "none": nothing is computed again.
 REMAT = {
-    "none": lambda layer: layer,
-    "dots": partial(
-        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    ),
-    "layer": jax.checkpoint,
+    "layer": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 Cache = tuple[tuple[Array, Array], ...]  # per layer: keys [B, K, C, S], values [B, K, S, C]
 
@@ -125,16 +122,37 @@ class Decoder(nnx.Module):
 
     def hidden(self, tokens_BT, positions_BT, seen, cache, slot, model: "Model"):
         x_BTD = self._embedded(tokens_BT, model)
+        if isinstance(seen, Packed) and model.remat != "none":
+            return self.norm(self._scanned(x_BTD, positions_BT, seen, model)), ()
         caches = []
         for i, layer in enumerate(self.layers):
-
-            def one(x_BTD, layer=layer, cache=None if cache is None else cache[i]):
-                x_BTD = constrain(x_BTD, model.mesh, P(ROW_AXES))
-                return layer(x_BTD, positions_BT, seen, cache, slot, model)
-
-            x_BTD, layer_cache = REMAT[model.remat](one)(x_BTD)
+            layer_cache = None if cache is None else cache[i]
+            x_BTD, layer_cache = layer(x_BTD, positions_BT, seen, layer_cache, slot, model)
             caches.append(layer_cache)
         return self.norm(x_BTD), tuple(caches)
+
+    def _scanned(self, x_BTD, positions_BT, packed, model: "Model"):
+        """All layers in one loop, compiled once, over a stacked copy in the dtype of the products.
+
+        A device gathers the weights of one layer at a time.
+        """
+        graph, state = nnx.split(self.layers[0])
+
+        def stacked(path, *layers):
+            layer, kind = path[-2].key, path[-1].key
+            dtype = jnp.float32 if kind == "scale" else model.dtype
+            whole = jnp.stack([x.astype(dtype) for x in layers])
+            return constrain(whole, model.mesh, P(None, *weight_spec(layer, kind)))
+
+        @partial(jax.checkpoint, policy=REMAT[model.remat], prevent_cse=False)
+        def one(x_BTD, params):
+            layer = _bound(graph, state, params)
+            x_BTD = constrain(x_BTD, model.mesh, P(ROW_AXES))
+            return layer(x_BTD, positions_BT, packed, None, 0, model)[0], None
+
+        each = [nnx.to_pure_dict(nnx.state(layer)) for layer in self.layers]
+        params = jax.tree_util.tree_map_with_path(stacked, *each)
+        return jax.lax.scan(one, x_BTD, params)[0]
 
     def _embedded(self, tokens_BT, model: "Model"):
         """Every device looks up its part of the width for the rows of all, then they exchange.
@@ -153,6 +171,13 @@ class Decoder(nnx.Module):
         return jnp.einsum("btd,vd->btv", x_BTD, head_VD, preferred_element_type=jnp.float32)
 
 
+def _bound(graph, state, params: PyTree):
+    """The module of a graph definition, with these parameters."""
+    state = jax.tree.map(lambda x: x, state)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
 @dataclass(frozen=True)
 class Model:
     """The decoder as pure functions of a plain nested dict of float32 parameters."""
@@ -160,7 +185,7 @@ class Model:
     config: ModelConfig
     dtype: jnp.dtype = field(default=jnp.float32)  # of activations and matrix products
     attention: str = "xla"  # of packed rows: xla, splash or cudnn
-    remat: str = "none"  # a key of REMAT
+    remat: str = "none"  # "none" or a key of REMAT
     mesh: Mesh | None = None  # that packed rows are split over; None on one device
 
     @property
@@ -181,10 +206,7 @@ class Model:
         return nnx.to_pure_dict(self._split[1])
 
     def _bind(self, params: PyTree) -> Decoder:
-        graph, state = self._split
-        state = jax.tree.map(lambda x: x, state)
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graph, state)
+        return _bound(*self._split, params)
 
     def hidden(
         self,
