@@ -113,12 +113,8 @@ def _gpus(kind: str, count: str) -> Any:
     tools = [str(Path(folder) / "cuda_nvcc" / "bin") for folder in folders]
     os.environ["PATH"] = os.pathsep.join([*tools, os.environ.get("PATH", "")])  # ptxas
     text, device = (ASSETS / "gpu_target.txt").read_text(), DEVICES[kind]
-    for name, value in (
-        ("bandwidth", f"{device.bandwidth:.0f}"),
-        ("memory", f"{device.memory:.0f}"),
-        ("name", kind.upper()),
-    ):
-        text = text.replace(f"{{{name}}}", value)
+    text = text.replace("{name}", kind.upper()).replace("{memory}", f"{device.memory:.0f}")
+    text = text.replace("{bandwidth}", f"{device.bandwidth:.0f}")
     return topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=text, topology=f"1x1x{count}"
     )

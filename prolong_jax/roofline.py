@@ -35,13 +35,7 @@ DEVICES: Mapping[str, Device] = {
     "h200": Device(989.4e12, 141e9, 4800e9, 450e9, "https://www.nvidia.com/en-us/data-center/h200"),
 }
 
-COLLECTIVES = (
-    "all-gather",
-    "reduce-scatter",
-    "all-reduce",
-    "all-to-all",
-    "collective-permute",
-)
+COLLECTIVES = "all-gather reduce-scatter all-reduce all-to-all collective-permute".split()
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](\{[^{}]*\})?")
 _OPCODE = re.compile(r"\s([a-z][\w\-]*)\(")
@@ -64,6 +58,9 @@ class Instruction:
     argument: str  # all that stands in the brackets
     attributes: str
     is_root: bool
+
+
+Computations = Mapping[str, list[Instruction]]
 
 
 @dataclass
@@ -124,15 +121,9 @@ def _instruction(line: str) -> Instruction | None:
         depth += {"(": 1, ")": -1}.get(right[end], 0)
         end += 1
     name = left.replace("ROOT", "").strip().lstrip("%")
-    return Instruction(
-        name=name,
-        opcode=opcode.group(1),
-        shape=right[: opcode.start()],
-        operands=tuple(_NAME.findall(right[start:end])),
-        argument=right[start : end - 1],
-        attributes=right[end:],
-        is_root="ROOT" in left,
-    )
+    shape, argument, attributes = right[: start - 1], right[start : end - 1], right[end:]
+    operands = tuple(_NAME.findall(argument))
+    return Instruction(name, opcode.group(1), shape, operands, argument, attributes, "ROOT" in left)
 
 
 def trip_count(loop: Instruction, computations: Mapping[str, list[Instruction]]) -> int | None:
@@ -200,20 +191,17 @@ def demand(text: str, devices: int) -> Demand:
             chain = re.findall(r'chain_id="\d+"|channel_id=\d+', item.attributes)
             if kind in COLLECTIVES and not (len(chain) == 2 and tuple(chain) in chains):
                 chains.add(tuple(chain))
-                _add_collective(collectives, item, shapes, devices, times, scattering)
+                kind, sent = _sent(item, shapes, devices, scattering)
+                collectives[kind].add(times if sent else 0, sent)
             if not in_fusion:
                 total += times * _traffic(item, shapes, computations)
     return Demand({k: c for k, c in collectives.items() if c.count}, total, unknown)
 
 
-def _add_collective(
-    collectives: Mapping[str, Collective],
-    item: Instruction,
-    shapes: Mapping[str, str],
-    devices: int,
-    times: float,
-    scattering: bool,
-) -> None:
+def _sent(
+    item: Instruction, shapes: Mapping[str, str], devices: int, scattering: bool
+) -> tuple[str, float]:
+    """The kind of a collective, and the bytes that a device sends; 0 where it is alone."""
     kind = item.opcode.removesuffix("-start")
     kind = "reduce-scatter" if kind == "all-reduce" and scattering else kind
     # Where an array lies is of no matter here, so on-chip memory counts as well.
@@ -221,14 +209,10 @@ def _add_collective(
     result = shape_bytes(item.shape.replace("S(1)", ""))
     if item.opcode == "all-gather-start":  # its result names the operands too
         result -= operand
-    size = group_size(item.attributes, devices)
-    if size > 1 or kind == "collective-permute":
-        collectives[kind].add(times, sent_bytes(kind, result, operand, size))
+    return kind, sent_bytes(kind, result, operand, group_size(item.attributes, devices))
 
 
-def _executions(
-    computations: Mapping[str, list[Instruction]], entry: str
-) -> Iterator[tuple[str, float, bool]]:
+def _executions(computations: Computations, entry: str) -> Iterator[tuple[str, float, bool]]:
     """Computations that run, how often, and whether inside a fusion; one for each call."""
     pending = [(entry, 1.0, False)]
     while pending:
@@ -244,11 +228,7 @@ def _executions(
                 pending += [(c, times * loop, inner) for c in called if c in computations]
 
 
-def _traffic(
-    item: Instruction,
-    shapes: Mapping[str, str],
-    computations: Mapping[str, list[Instruction]],
-) -> float:
+def _traffic(item: Instruction, shapes: Mapping[str, str], computations: Computations) -> float:
     """Bytes that one execution reads and writes; of an array that is sliced, only the slice."""
     if item.opcode in _FREE or item.opcode.endswith("-done"):
         return 0
