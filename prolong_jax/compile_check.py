@@ -273,9 +273,9 @@ def _inner_jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
 # --- one program on one topology -----------------------------------------------------------------
 
 
-def examine(program: Program, device: Device, count: int) -> dict[str, Any]:
+def examine(program: Program, device: Device, mesh: Mesh) -> dict[str, Any]:
     """Compiles a program and measures it, per device; see `report` for the fields."""
-    started = time.monotonic()
+    started, count = time.monotonic(), mesh.size
     traced = program.function.trace(*program.arguments)
     found: dict[str, Any] = {
         "program": program.name,
@@ -296,10 +296,14 @@ def examine(program: Program, device: Device, count: int) -> dict[str, Any]:
         "compile_s": time.monotonic() - started,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
     }
-    kinds = ("resident_bytes", "argument_bytes", "output_bytes", "temp_bytes")
-    total = sum(found[kind] for kind in kinds)
+    peak = sum(found[kind] for kind in ("argument_bytes", "output_bytes", "temp_bytes"))
+    # Only TPU compilers count arguments and outputs in their peak, which may lie below the sum.
+    if mesh.devices.flat[0].platform == "tpu" and memory.peak_memory_in_bytes:
+        peak = min(peak, memory.peak_memory_in_bytes)
+    total = found["resident_bytes"] + peak + found["code_bytes"]
     asked = demand(compiled.as_text() or "", count)
     network = sum(kind.bytes for kind in asked.collectives.values())
     return found | {
@@ -338,7 +342,7 @@ def largest_micro_batch(run: RunConfig, topology: str, devices: Sequence[Any]) -
         trial = dataclasses.replace(run, update=update)
         mesh, model = make_mesh(trial.mesh, devices), model_of(trial)
         program = next(programs(trial, mesh, model, ["update"]))
-        fitting = examine(program, DEVICES[topology.partition(":")[0]], len(devices))["fits"]
+        fitting = examine(program, DEVICES[topology.partition(":")[0]], mesh)["fits"]
         print(f"{topology}: {units * unit} rows {'fit' if fitting else 'do not'}", file=sys.stderr)
         return fitting
 
@@ -362,7 +366,7 @@ def report(
     devices = target_devices(topology)
     run, device = fit_mesh(run, len(devices)), DEVICES[topology.partition(":")[0]]
     mesh, model = make_mesh(run.mesh, devices), model_of(run)
-    found = [examine(p, device, len(devices)) for p in programs(run, mesh, model, only)]
+    found = [examine(p, device, mesh) for p in programs(run, mesh, model, only)]
     result = {
         "topology": topology,
         "devices": len(devices),
@@ -402,9 +406,9 @@ def _describe_program(found: Mapping[str, Any]) -> Iterator[str]:
     if "refused" in found:
         yield f"  the compiler: {found['refused']}"
         return
-    parts = ("argument", "output", "temp", "resident")
+    parts = ("argument", "output", "temp", "code", "resident")
     sizes = ", ".join(f"{part} {_gib(found[part + '_bytes'])}" for part in parts)
-    yield f"  memory, GiB: {sizes}; in all {_gib(found['total_bytes'])}"
+    yield f"  memory, GiB: {sizes}; at the peak {_gib(found['total_bytes'])}"
     yield (
         f"  TFLOP: formula {found['flops'] / 1e12:.3g}, traced {found['flops_traced'] / 1e12:.3g}, "
         f"XLA {(found['flops_xla'] or math.nan) / 1e12:.3g}"

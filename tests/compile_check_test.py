@@ -182,7 +182,7 @@ def test_refusal_of_the_compiler_says_how_much_is_missing(message):
 def test_search_finds_the_largest_micro_batch(limit, monkeypatch):
     run, trials = fit_mesh(load(CONFIGS / "tiny.py"), 8), []
 
-    def examine(program, device, count):
+    def examine(program, device, mesh):
         rows = program.arguments[1].tokens.shape[1]
         trials.append(rows)
         return {"fits": rows <= limit}
