@@ -244,13 +244,14 @@ def _traffic(item: Instruction, shapes: Mapping[str, str], computations: Computa
     if item.opcode != "fusion" or called is None or called.group(1) not in computations:
         return result + sum(sizes)
     body = computations[called.group(1)]
-    inner = {i.name: i.shape for i in body}
+    inner = {i.name: i for i in body}
     parameters = [i for i in body if i.opcode == "parameter"]
     reads = sum(min(_read(p, body), shape_bytes(p.shape)) for p in parameters)
     root = next(i for i in body if i.is_root)
-    if root.opcode == "dynamic-update-slice":
-        return reads + shape_bytes(inner[root.operands[1]])
-    return reads + result
+    written = [inner[o] for o in root.operands] if root.opcode == "tuple" else [root]
+    updates = [i for i in written if i.opcode == "dynamic-update-slice"]
+    result -= sum(shape_bytes(i.shape) - shape_bytes(inner[i.operands[1]].shape) for i in updates)
+    return reads + max(result, 0) - sum(shape_bytes(i.shape) for i in written if i in parameters)
 
 
 def _read(parameter: Instruction, body: list[Instruction]) -> float:
