@@ -47,6 +47,9 @@ REQUIREMENTS = [
 EXTRAS = {
     "cuda12": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
+    # Compilers for compile_check, on a machine without the accelerator.
+    "tpu-compile": ["jax[tpu]"],
+    "cuda-compile": ["jax[cuda12-local]", "nvidia-cuda-nvcc-cu12>=12.6"],
     # torch is left out for its size; the tests that compare with it skip where it is missing.
     "dev": [
         "beartype>=0.22.2",

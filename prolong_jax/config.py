@@ -18,12 +18,14 @@ from typing import Any
 
 DOMAINS = ("math", "code", "stem", "logic", "instruct")
 LEVELS = ("easy", "middle", "hard")  # that are trained on
-TINY_BASE = str(Path(__file__).parent / "assets" / "tiny_base")
+ASSETS = Path(__file__).parent / "assets"
+TINY_BASE = str(ASSETS / "tiny_base")
 
 
 @dataclass(frozen=True)
 class ModelSettings:
     path: str = TINY_BASE  # Hugging Face model directory
+    shape: str = ""  # config.json that compile_check reads where `path` is no local directory
     dtype: str = "bfloat16"  # of activations and matrix products: bfloat16 or float32
     attention: str = "auto"  # of packed rows: xla, splash (TPU) or cudnn (GPU); auto: by platform
     remat: str = "layer"  # what is computed again for the gradient: none, dots (all but the
@@ -458,6 +460,19 @@ def _check_sizes(run: RunConfig) -> None:
         loss.kl_estimator in ("k2", "k3"),
         f"'loss.kl_estimator' must be k2 or k3, got {loss.kl_estimator!r}.",
     )
+
+
+def packing(run: RunConfig) -> dict[str, int]:
+    """Sizes of a packed mini-batch, with room for the worst case."""
+    rollout, update = run.rollout, run.update
+    samples = rollout.prompts_per_step // update.num_minibatches * rollout.group_size
+    per_row = update.row_len // (rollout.max_prompt_len + rollout.max_response_len)
+    rows = -(-samples // per_row)
+    return {
+        "row_len": update.row_len,
+        "micro_batch_rows": update.micro_batch_rows,
+        "micro_batches": -(-rows // update.micro_batch_rows),
+    }
 
 
 def refuse_other(run: RunConfig, saved: Mapping[str, Any], workdir: str | Path) -> None:

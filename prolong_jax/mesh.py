@@ -1,5 +1,7 @@
 """The device mesh, and where rows and weights live on it."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -24,14 +26,14 @@ _WEIGHTS = {  # by layer name: (input axis, output axis) of its kernel
 }
 
 
-def make_mesh(settings: MeshSettings) -> Mesh:
-    """A mesh over the first data * fsdp * tensor devices.
+def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over the first data * fsdp * tensor devices, by default of this process.
 
     Raises:
       ValueError: fewer devices than the mesh wants.
     """
     shape = (settings.data, settings.fsdp, settings.tensor)
-    count, devices = int(np.prod(shape)), jax.devices()
+    count, devices = int(np.prod(shape)), devices or jax.devices()
     if len(devices) < count:
         raise ValueError(
             f"mesh: data x fsdp x tensor = {' x '.join(map(str, shape))} wants {count} devices, "

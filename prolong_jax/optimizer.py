@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from prolong_jax.config import OptimizerSettings
-from prolong_jax.types import Array
+from prolong_jax.mesh import replicated
+from prolong_jax.types import Array, PyTree
 
 
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
@@ -26,4 +28,23 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
             eps=settings.eps,
             weight_decay=settings.weight_decay,
         ),
+    )
+
+
+def opt_state_shardings(
+    optimizer: optax.GradientTransformation, params: PyTree, shardings: PyTree
+) -> PyTree:
+    """The moments lie where their parameters lie, counters on every device.
+
+    Args:
+      optimizer: from `make_optimizer`.
+      params: parameters, or their shapes.
+      shardings: one for each parameter.
+    """
+    return optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        shardings,
+        transform_non_params=lambda _: replicated(jax.tree.leaves(shardings)[0].mesh),
     )

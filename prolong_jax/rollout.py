@@ -93,17 +93,28 @@ class Timer:
         return seconds
 
 
-def sampling_copy(collector: Collector, params: PyTree) -> PyTree:
-    """The weights for the sampler: whole on every device, in the dtype of the products.
+def cast_for_sampling(model: Model, params: PyTree) -> PyTree:
+    """The weights in the dtype of the products.
 
     Scales of norms stay in float32, as the trainer has them.
     """
 
     def cast(path: tuple, x: jax.Array) -> jax.Array:
-        return x if path[-1].key == "scale" else x.astype(collector.model.dtype)
+        return x if path[-1].key == "scale" else x.astype(model.dtype)
 
-    params = jax.tree_util.tree_map_with_path(cast, params)
-    return jax.device_put(params, replicated(collector.mesh))
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def sampling_copy(collector: Collector, params: PyTree) -> PyTree:
+    """The weights for the sampler: cast for sampling, and whole on every device."""
+    cast = cast_for_sampling(collector.model, params)
+    return jax.device_put(cast, replicated(collector.mesh))
+
+
+def prompts_at_once(settings: RolloutSettings, group_size: int, mesh: Mesh) -> int:
+    """How many groups are sampled together: a multiple of the devices that share rows."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    return devices * max(1, settings.sample_rows // (group_size * devices))
 
 
 def sample_groups(
@@ -123,8 +134,7 @@ def sample_groups(
     Raises:
       ValueError: a prompt is longer than `max_prompt_len` tokens.
     """
-    devices = collector.mesh.shape["data"] * collector.mesh.shape["fsdp"]
-    at_once = devices * max(1, settings.sample_rows // (group_size * devices))
+    at_once = prompts_at_once(settings, group_size, collector.mesh)
     groups: list[Group] = []
     for start in range(0, len(prompts), at_once):
         chunk = list(prompts[start : start + at_once])

@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from prolong_jax import stages
@@ -31,6 +30,7 @@ from prolong_jax.config import (
     OptimizerSettings,
     RunConfig,
     for_stage,
+    packing,
     parse,
     refuse_other,
     to_dict,
@@ -38,11 +38,11 @@ from prolong_jax.config import (
 from prolong_jax.data.mixture import Position, Sources, next_prompts, open_sources, record
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.evaluate import evaluate, held_out_prompts
-from prolong_jax.mesh import make_mesh, param_shardings, replicated
+from prolong_jax.mesh import make_mesh, param_shardings
 from prolong_jax.metrics import Progress, Writer, final_table
 from prolong_jax.models.decoder import Model, for_training
 from prolong_jax.models.hf import load_model
-from prolong_jax.optimizer import make_optimizer
+from prolong_jax.optimizer import make_optimizer, opt_state_shardings
 from prolong_jax.report import write_report
 from prolong_jax.rollout import (
     Collector,
@@ -141,7 +141,8 @@ def train_step(
         batches = []
         for minibatch in split(kept, run.update.num_minibatches):
             items = [c for group in minibatch for c in conversations(group, run.rollout)]
-            batch, used = pack(items, **packing(run, setup.trained))
+            sharing = setup.trained.shares_prompts
+            batch, used = pack(items, **packing(run), share_prompts=sharing)
             batches.append((score(state, put_rows(mesh, batch), used), used))
         jax.block_until_ready(batches)
 
@@ -171,20 +172,6 @@ def split(groups: Sequence[Group], parts: int) -> list[list[Group]]:
     """At most `parts` parts of nearly the same number of groups, none empty."""
     bounds = np.linspace(0, len(groups), min(parts, len(groups)) + 1).round().astype(int)
     return [list(groups[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-
-
-def packing(run: RunConfig, model: Model) -> dict[str, Any]:
-    """Sizes of a packed mini-batch, with room for the worst case."""
-    rollout, update = run.rollout, run.update
-    samples = rollout.prompts_per_step // update.num_minibatches * rollout.group_size
-    per_row = update.row_len // (rollout.max_prompt_len + rollout.max_response_len)
-    rows = -(-samples // per_row)
-    return {
-        "row_len": update.row_len,
-        "micro_batch_rows": update.micro_batch_rows,
-        "micro_batches": -(-rows // update.micro_batch_rows),
-        "share_prompts": model.shares_prompts,
-    }
 
 
 @functools.cache
@@ -460,14 +447,7 @@ def initial_state(run: RunConfig, params: PyTree) -> TrainState:
     """The policy, a reference equal to it, and a fresh optimizer, sharded alike."""
     optimizer = make_optimizer(for_stage(run, 0).optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, params)
-    mesh = jax.tree.leaves(shardings)[0].mesh
-    opt_shardings = optax.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, params),
-        shardings,
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    opt_shardings = opt_state_shardings(optimizer, params, shardings)
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
     return TrainState(params, jax.tree.map(jnp.copy, params), opt_state)
 

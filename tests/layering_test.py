@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # A name stands for the module or for a subpackage with all its modules. Imports go downwards only.
 LAYERS = (
     ("types", "config"),
-    ("masked", "mesh", "tokenizer", "stages", "advantages", "verifiers"),
+    ("masked", "mesh", "tokenizer", "stages", "advantages", "verifiers", "roofline"),
     ("losses", "optimizer", "models", "data"),
     ("sampler", "update", "checkpoint", "metrics"),
     ("rollout",),

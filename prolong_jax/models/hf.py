@@ -37,12 +37,13 @@ def _hf_name(path: tuple) -> str:
 
 
 def read_config(directory: str | Path) -> ModelConfig:
-    """The model's shape from its config.json.
+    """The model's shape from its config.json, or from a file that is one.
 
     Raises:
       ValueError: no such file, another architecture, or a setting that is not supported.
     """
-    path = Path(directory) / "config.json"
+    path = Path(directory)
+    path = path if path.suffix == ".json" else path / "config.json"
     if not path.is_file():
         raise ValueError(
             f"model.path: expected a Hugging Face model directory with a config.json, "
