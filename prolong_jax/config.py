@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 DOMAINS = ("math", "code", "stem", "logic", "instruct")
 LEVELS = ("easy", "middle", "hard")  # that are trained on
 ASSETS = Path(__file__).parent / "assets"
@@ -258,7 +260,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ValueError(f"--config: {str(path)!r} defines no get_config(); add one.")
-    values = module.get_config().to_dict()
+    values = ConfigDict(module.get_config()).to_dict()
     for override in overrides:
         _set(values, override)
     run = build(RunConfig, values)
@@ -321,21 +323,14 @@ def check(run: RunConfig) -> None:
     """
     _require(run.total_steps >= 1, f"'total_steps' must be at least 1, got {run.total_steps}.")
     _require(len(run.stages) > 0, "'stages' is empty; give at least one stage.")
-    _require(
-        run.model.dtype in ("float32", "bfloat16"),
-        f"'model.dtype' must be float32 or bfloat16, got {run.model.dtype!r}.",
-    )
     for name, value, known in (
-        ("attention", run.model.attention, ("auto", "xla", "splash", "cudnn")),
-        ("remat", run.model.remat, ("none", "dots", "layer")),
+        ("model.dtype", run.model.dtype, ("float32", "bfloat16")),
+        ("model.attention", run.model.attention, ("auto", "xla", "splash", "cudnn")),
+        ("model.remat", run.model.remat, ("none", "dots", "layer")),
+        ("metrics.wandb", run.metrics.wandb, ("off", "offline", "online")),
     ):
         expected = f"{', '.join(known[:-1])} or {known[-1]}"
-        _require(value in known, f"'model.{name}' must be {expected}, got {value!r}.")
-    wandb = run.metrics.wandb
-    _require(
-        wandb in ("off", "offline", "online"),
-        f"'metrics.wandb' must be off, offline or online, got {wandb!r}.",
-    )
+        _require(value in known, f"{name!r} must be {expected}, got {value!r}.")
     ranges = {
         f"data.sources.{name}": (source.min_pass_rate, source.max_pass_rate)
         for name, source in run.data.sources.items()

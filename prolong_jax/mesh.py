@@ -1,6 +1,8 @@
 """The device mesh, and where rows and weights live on it."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +28,7 @@ _WEIGHTS = {  # by layer name: (input axis, output axis) of its kernel
 }
 
 
-def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(settings: MeshSettings, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the first data * fsdp * tensor devices, by default of this process.
 
     Raises:
@@ -58,6 +60,26 @@ def by_rows(mesh: Mesh) -> NamedSharding:
 def constrain(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
     """Asks the compiler to lay out `x` like this; nothing to ask without a mesh."""
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(weight: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
+    """A weight split by `spec` with its fsdp parts together; its gradient is split again.
+
+    Left to itself the compiler may multiply part by part, which rereads the activations each time.
+    """
+    return constrain(weight, mesh, P(*(None if axis == "fsdp" else axis for axis in spec)))
+
+
+def _gather_forward(weight, mesh, spec):
+    return gather(weight, mesh, spec), None
+
+
+def _gather_backward(mesh, spec, _, gradient):
+    return (constrain(gradient, mesh, spec),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
 
 
 def weight_spec(layer: str, kind: str) -> P:

@@ -190,7 +190,9 @@ def _step_line(row: Mapping[str, Any], total: int) -> str:
     ):
         if row.get(key) is not None:
             parts.append(f"{label}{row[key]:{form}}{after}")
-    return "  ".join(parts + ([f"[reset: {row['reset']}]"] if row.get("reset") else []))
+    notes = [f"[reset: {row['reset']}]"] if row.get("reset") else []
+    notes += ["[no update]"] if row.get("groups/kept") == 0 else []
+    return "  ".join(parts + notes)
 
 
 def _validation_line(row: Mapping[str, Any]) -> str:

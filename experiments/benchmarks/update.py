@@ -125,7 +125,8 @@ def with_torch(model: Model, args: argparse.Namespace) -> float:
         tie_word_embeddings=shape.tied_head,
     )
     config._attn_implementation = "sdpa"
-    network = Qwen2ForCausalLM(config).to(device).train()
+    network: Any = Qwen2ForCausalLM(config)
+    network = network.to(device).train()
     network.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-6, fused=True)
     items = conversations(args.rows * args.micro_batches, args.row_len, shape.vocab_size)

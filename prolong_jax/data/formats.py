@@ -147,6 +147,8 @@ def question_answer(row: Row, domain: str) -> Prompt:
     """
     problem = next((row[k] for k in ("problem", "question", "prompt") if k in row), None)
     given = [row[name] for name in _ANSWERS if name in row]
+    if not given and "solution" not in row:
+        raise BadRow("no answer", f"no {', '.join(_ANSWERS)} or solution in {', '.join(row)}"[:200])
     answer = answer_of(given[0] if given else math.last_boxed(str(row.get("solution"))))
     return ask(domain if domain == "stem" else "math", problem, {"answer": answer})
 

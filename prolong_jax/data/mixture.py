@@ -6,6 +6,7 @@ global order and takes its own share of it, so a run can go on with another numb
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -124,8 +125,12 @@ def open_sources(run: RunConfig, num_tokens: Callable[[Prompt], int]) -> Sources
     """
     streams, shares = {}, {}
     for name, settings in run.data.sources.items():
-        items = load(name, settings, num_tokens, longest_prompt(run), run.data.strict)
-        prompts = [replace(item, solution="") for item in items if isinstance(item, Prompt)]
+        prompts, skipped = [], Counter()
+        for item in load(name, settings, num_tokens, longest_prompt(run), run.data.strict):
+            if isinstance(item, Prompt):
+                prompts.append(replace(item, solution=""))
+            else:
+                skipped[item.reason] += 1
         streams[name] = stream_of(prompts, name, run.seed)
         domains = {prompt.domain for prompt in prompts}
         if len(domains) > 1:
@@ -134,7 +139,8 @@ def open_sources(run: RunConfig, num_tokens: Callable[[Prompt], int]) -> Sources
                 f"give each a source of its own with data.sources.{name}.only."
             )
         shares[name] = (domains.pop(), settings.weight)
-        print(f"{len(prompts)} prompts from {name}: {settings.path}")
+        reasons = "".join(f"; skipped {n}: {reason}" for reason, n in skipped.most_common())
+        print(f"{len(prompts)} prompts from {name}: {settings.path}{reasons}")
     for stage in run.stages if streams else ():
         source_weights(stage.mixture, shares)
     return Sources(streams, shares, run.data)

@@ -124,7 +124,7 @@ def _prompt_of(
 
 
 def rows_of(path: str, split: str = "") -> Iterator[tuple[str, Any]]:
-    """("file:number", row) of every row; what is no JSON comes as its text.
+    """("file:number", row) of every row, numbered from 1; what is no JSON comes as its text.
 
     Raises:
       ValueError: no data at the path, no such split, or a file that cannot be read.
@@ -190,7 +190,7 @@ def _rows_of_file(system: fs.FileSystem, file: str) -> Iterator[tuple[str, Any]]
         with system.open_input_file(file) as source:
             batches = pyarrow.parquet.ParquetFile(source).iter_batches(BATCH_ROWS)
             rows = (row for batch in batches for row in batch.to_pylist())
-            yield from ((f"{name}:{i}", row) for i, row in enumerate(rows))
+            yield from ((f"{name}:{i}", row) for i, row in enumerate(rows, 1))
         return
     with system.open_input_stream(file, compression="detect") as stream:
         if extension == ".arrow":
@@ -201,7 +201,7 @@ def _rows_of_file(system: fs.FileSystem, file: str) -> Iterator[tuple[str, Any]]
             rows = _json_rows(io.BufferedReader(stream))
         else:
             raise ValueError(f"data: expected one of {', '.join(EXTENSIONS)}, got {file!r}.")
-        yield from ((f"{name}:{i}", row) for i, row in enumerate(rows))
+        yield from ((f"{name}:{i}", row) for i, row in enumerate(rows, 1))
 
 
 def _json_rows(stream: io.BufferedReader) -> Iterator[Any]:

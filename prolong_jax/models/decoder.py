@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from prolong_jax.config import ModelSettings
-from prolong_jax.mesh import ROW_AXES, constrain, weight_spec
+from prolong_jax.mesh import ROW_AXES, constrain, gather, weight_spec
 from prolong_jax.models.attention import Packed, attend, attend_packed, backend_for
 from prolong_jax.models.logprobs import token_logprobs
 from prolong_jax.types import Array, PyTree
@@ -144,9 +144,12 @@ class Decoder(nnx.Module):
             whole = jnp.stack([x.astype(dtype) for x in layers])
             return constrain(whole, model.mesh, P(None, *weight_spec(layer, kind)))
 
+        def gathered(path, x):
+            return gather(x, model.mesh, weight_spec(path[-2].key, path[-1].key))
+
         @partial(jax.checkpoint, policy=REMAT[model.remat], prevent_cse=False)
         def one(x_BTD, params):
-            layer = _bound(graph, state, params)
+            layer = _bound(graph, state, jax.tree_util.tree_map_with_path(gathered, params))
             x_BTD = constrain(x_BTD, model.mesh, P(ROW_AXES))
             return layer(x_BTD, positions_BT, packed, None, 0, model)[0], None
 
@@ -160,7 +163,8 @@ class Decoder(nnx.Module):
         So the table, which grows with the vocabulary, stays where it is.
         """
         tokens_BT = constrain(tokens_BT, model.mesh, P("data"))
-        x_BTD = constrain(self.embed(tokens_BT), model.mesh, P("data", None, "fsdp"))
+        x_BTD = jnp.take(self.embed.embedding[...], tokens_BT, axis=0).astype(model.dtype)
+        x_BTD = constrain(x_BTD, model.mesh, P("data", None, "fsdp"))
         return constrain(x_BTD, model.mesh, P(ROW_AXES))
 
     def head_DV(self):

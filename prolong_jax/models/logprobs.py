@@ -87,7 +87,8 @@ class _Walk:
         def one(index, carry):
             start = jnp.minimum(index * self.block, self.shard_len - self.block)
             head_DSX = jax.lax.dynamic_slice_in_dim(self.head_DSX, start, self.block, 2)
-            head_DSX = head_DSX.astype(self.hidden_BTD.dtype)
+            # Else the whole head is cast before the loop.
+            head_DSX = jax.lax.optimization_barrier(head_DSX).astype(self.hidden_BTD.dtype)
             head_DSX = constrain(head_DSX, self.mesh, P(None, "tensor"))
             column_X = start + jnp.arange(self.block)
             ids_SX = self.shard_len * jnp.arange(self.shards)[:, None] + column_X

@@ -15,7 +15,7 @@ def test_a_small_file_is_described_and_its_faults_are_found(tmp_path, capsys):
     assert main([f"--path={path}", "--golds=5"]) == 0
     said = capsys.readouterr().out
     assert "=== rows.json: 22 rows, 20 prompts" in said
-    assert "skipped 1: no answer; the first: rows.json:20" in said
+    assert "skipped 1: no answer; the first: rows.json:21" in said
     assert "skipped 1: prompt too long" in said
     assert said.count("[user] What is") == 3 and "ü" in said and "boxed{}" in said
     assert "gold answers: 5 scored, 0 faults, 0 rows have none" in said
@@ -40,7 +40,7 @@ def test_strict_stops_at_the_first_bad_row(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"problem": "x", "answer": "1"}\n{"problem": "x", "answer": null}\n')
     assert main([f"--path={path}", "--strict"]) == 2
-    assert "row rows.jsonl:1" in capsys.readouterr().err
+    assert "row rows.jsonl:2" in capsys.readouterr().err
 
 
 def test_the_embedded_tasks_of_a_configuration(capsys):

@@ -186,5 +186,5 @@ def test_what_a_run_cannot_train_on_is_skipped(tmp_path):
     with pytest.raises(ValueError, match="row src/1 of source 'src' cannot be used: prompt too lo"):
         loaded(path, strict=True)
     path.write_text("\n".join(json.dumps(row) for row in [rows[0], rows[4]]))
-    with pytest.raises(ValueError, match="row rows.jsonl:1 of source 'src' cannot be used: no ans"):
+    with pytest.raises(ValueError, match="row rows.jsonl:2 of source 'src' cannot be used: no ans"):
         loaded(path, strict=True)

@@ -91,7 +91,7 @@ def test_deepscaler_json_array(tmp_path):
     golds = [x.reference["answer"] for x in found if isinstance(x, Prompt)]
     assert golds == ["2", "142", "2.5", r"\frac{1}{2}", "7", "2"]
     assert isinstance(found[8], Prompt) and found[8].messages[0]["content"].startswith("Größe\n→")
-    assert isinstance(found[1], Skipped) and found[1].where == "deepscaler.json:1"
+    assert isinstance(found[1], Skipped) and found[1].where == "deepscaler.json:2"
 
 
 VERL = pa.schema(
@@ -367,7 +367,7 @@ def test_a_list_of_special_judges_names_rows_by_id_or_number(tmp_path):
     found = read_rows(tmp_path, plain, special_judge=str(marks))
     assert [isinstance(x, Skipped) for x in found] == [False, True, False]
     marks.write_text('{"idx": 1}\n')
-    with pytest.raises(ValueError, match="expected 'idx' and 'special_judge' in row marks.jsonl:0"):
+    with pytest.raises(ValueError, match="expected 'idx' and 'special_judge' in row marks.jsonl:1"):
         read_rows(tmp_path, plain, special_judge=str(marks))
 
 
