@@ -16,6 +16,7 @@ from tests.verifiers import hostile
 
 HEAVY = {  # seconds each: gigabytes of memory, hundreds of megabytes of output
     "take memory in many processes",
+    "hide memory behind ended first threads",
     "write a flood of messages",
     "return a flood",
     "make very many processes",
