@@ -345,10 +345,11 @@ def _table(statements: list[ast.stmt]) -> list[tuple[str, str, Sequence[float]]]
             ast.Assign([ast.Name("results")], ast.List(results)),
             ast.For(body=[ast.Expr(ast.Call(ast.Name("assertion"), [call, _, atol]))]),
         ]:
-            name, tolerance = ast.unparse(call).removesuffix("(*inp)"), _constant(atol) or 1e-6
+            name, tolerance = ast.unparse(call).removesuffix("(*inp)"), _constant(atol)
+            read = _rough if tolerance else (lambda value: value)
             calls = [f"{name}(*{ast.unparse(arguments)})" for arguments in inputs]
-            wanted = [spelled(_constant(result)) for result in results]
-            return [(*test, (1e-7, tolerance)) for test in zip(calls, wanted, strict=True)]
+            wanted = [spelled(read(_constant(result))) for result in results]
+            return [(*test, (1e-7, tolerance or 1e-6)) for test in zip(calls, wanted, strict=True)]
     return []
 
 
@@ -363,9 +364,9 @@ def _test(node: ast.expr) -> tuple[str, str, Sequence[float]]:
         case ast.Compare(
             ast.Call(ast.Name("abs"), [ast.BinOp(value, ast.Sub(), want)]), [ast.Lt()], [eps]
         ):
-            return ast.unparse(value), spelled(1.0 * _constant(want)), (0.0, _constant(eps))
+            return ast.unparse(value), spelled(_rough(_constant(want))), (0.0, _constant(eps))
         case ast.Call(ast.Attribute(attr="isclose"), [value, want], [ast.keyword("rel_tol", tol)]):
-            return ast.unparse(value), spelled(1.0 * _constant(want)), (_constant(tol), 0.0)
+            return ast.unparse(value), spelled(_rough(_constant(want))), (_constant(tol), 0.0)
         case ast.Call(ast.Name(), arguments, []) | ast.UnaryOp(
             ast.Not(), ast.Call(ast.Name(), arguments, [])
         ):
@@ -374,6 +375,13 @@ def _test(node: ast.expr) -> tuple[str, str, Sequence[float]]:
             value = node.operand if negated else node
             return f"not not {ast.unparse(value)}", spelled(not negated), TOLERANCE
     raise ValueError("not one of the known forms")
+
+
+def _rough(value: Any) -> Any:
+    """The value with its integers as floats, so that the tolerance holds for them."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_rough, value))
+    return float(value) if type(value) is int else value
 
 
 def _constant(node: ast.expr) -> Any:
