@@ -444,10 +444,8 @@ def _tree(pid: int) -> list[int]:
 
 def _resident_bytes(pid: int) -> int:
     """Of any living thread: where the first one has ended, the process itself seems empty."""
-    with suppress(OSError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with suppress(OSError):  # it has ended
-                pages = int(Path(f"/proc/{pid}/task/{task}/statm").read_text().split()[1])
-                if pages:
-                    return pages * resource.getpagesize()
+    for statm in Path(f"/proc/{pid}/task").glob("*/statm"):
+        with suppress(OSError):  # it has ended
+            if pages := int(statm.read_text().split()[1]):
+                return pages * resource.getpagesize()
     return 0
