@@ -11,8 +11,8 @@ Kinds of reference, all of JSON values:
 - `fn_name`, `inputs`, `outputs`: argument lists of the function (or method of `class Solution`)
   and its values; a tuple counts as a list. `wrapped`: the only element of an output will do too.
 - `expressions`, `outputs`, `setup`, `tolerance` (see `from_asserts`): the values of Python
-  expressions behind the response and the setup, `spelled`, are equal or floats within the
-  tolerance (relative, absolute).
+  expressions behind the response and the setup, `spelled`, are equal, or within the tolerance
+  (relative, absolute) of an expected float.
 - `asserts`, `hackable`: tests that could not be taken apart run beside the response, which can
   read the expected values there or forge the outcome: for evaluation only, never for training.
 
@@ -91,11 +91,16 @@ def _problem(reference: Mapping[str, Any]) -> str:
 
 
 def _score(code: str, reference: Mapping[str, Any]) -> Verdict:
-    outputs = reference.get("outputs", ["None"])  # of asserts
     try:
-        run = _run(code, reference)
+        return _judged(_run(code, reference), reference)
     except OSError as problem:  # no process, no disk
         return error(f"code: {problem}")
+    except MemoryError:  # here: 4 MiB of JSON can be a hundred times as much
+        return Verdict(0.0, detail="the values are too large")
+
+
+def _judged(run: sandbox.ProgramRun, reference: Mapping[str, Any]) -> Verdict:
+    outputs = reference.get("outputs", ["None"])  # of asserts
     if run.timed_out:
         return Verdict(0.0, Status.TIMEOUT, "total time limit")
     if run.problem:
@@ -158,14 +163,17 @@ def same_value(got: Any, want: Any) -> bool:
 def same_text(
     got: Any, want: str, symmetric: bool = False, tolerance: Sequence[float] = TOLERANCE
 ) -> bool:
-    """Equality of printed tokens by line; decimals expected (or, symmetric, given) as floats."""
+    """Equality of printed tokens by line; expected decimals as floats.
+
+    Symmetric: a decimal that is given where an integer is expected equals it exactly.
+    """
     if not isinstance(got, str):
         return False
     lines, wanted = ([x.split() for x in text.rstrip().split("\n")] for text in (got, want))
     if [*map(len, lines)] != [*map(len, wanted)]:
         return False
     return all(
-        a == b or (("." in b or (symmetric and "." in a)) and _close(a, b, tolerance))
+        a == b or ("." in b and _close(a, b, tolerance)) or (symmetric and _is_integer(a, b))
         for a, b in zip(chain(*lines), chain(*wanted), strict=True)
     )
 
@@ -174,6 +182,13 @@ def _close(got: str | float, want: str | float, tolerance: Sequence[float] = TOL
     try:
         return math.isclose(float(got), float(want), rel_tol=tolerance[0], abs_tol=tolerance[1])
     except (OverflowError, ValueError):  # an integer beyond the floats; no number
+        return False
+
+
+def _is_integer(got: str, want: str) -> bool:
+    try:
+        return "." in got and float(got) == int(want)
+    except ValueError:  # no number
         return False
 
 
@@ -287,7 +302,7 @@ def from_asserts(test_code: str, entry_point: str | None) -> dict[str, Any]:
         test_code += f"\ncheck({entry_point})\n"
     try:
         return _taken_apart(statements)
-    except (RecursionError, TypeError, ValueError):
+    except (ArithmeticError, RecursionError, TypeError, ValueError):
         return {"asserts": test_code, "hackable": True}
 
 
@@ -330,10 +345,11 @@ def _table(statements: list[ast.stmt]) -> list[tuple[str, str, Sequence[float]]]
             ast.Assign([ast.Name("results")], ast.List(results)),
             ast.For(body=[ast.Expr(ast.Call(ast.Name("assertion"), [call, _, atol]))]),
         ]:
-            name, tolerance = ast.unparse(call).removesuffix("(*inp)"), _constant(atol) or 1e-6
+            name, tolerance = ast.unparse(call).removesuffix("(*inp)"), _constant(atol)
+            read = _rough if tolerance else (lambda value: value)
             calls = [f"{name}(*{ast.unparse(arguments)})" for arguments in inputs]
-            wanted = [spelled(_constant(result)) for result in results]
-            return [(*test, (1e-7, tolerance)) for test in zip(calls, wanted, strict=True)]
+            wanted = [spelled(read(_constant(result))) for result in results]
+            return [(*test, (1e-7, tolerance or 1e-6)) for test in zip(calls, wanted, strict=True)]
     return []
 
 
@@ -348,9 +364,9 @@ def _test(node: ast.expr) -> tuple[str, str, Sequence[float]]:
         case ast.Compare(
             ast.Call(ast.Name("abs"), [ast.BinOp(value, ast.Sub(), want)]), [ast.Lt()], [eps]
         ):
-            return ast.unparse(value), spelled(_constant(want)), (0.0, _constant(eps))
+            return ast.unparse(value), spelled(_rough(_constant(want))), (0.0, _constant(eps))
         case ast.Call(ast.Attribute(attr="isclose"), [value, want], [ast.keyword("rel_tol", tol)]):
-            return ast.unparse(value), spelled(_constant(want)), (_constant(tol), 0.0)
+            return ast.unparse(value), spelled(_rough(_constant(want))), (_constant(tol), 0.0)
         case ast.Call(ast.Name(), arguments, []) | ast.UnaryOp(
             ast.Not(), ast.Call(ast.Name(), arguments, [])
         ):
@@ -359,6 +375,13 @@ def _test(node: ast.expr) -> tuple[str, str, Sequence[float]]:
             value = node.operand if negated else node
             return f"not not {ast.unparse(value)}", spelled(not negated), TOLERANCE
     raise ValueError("not one of the known forms")
+
+
+def _rough(value: Any) -> Any:
+    """The value with its integers as floats, so that the tolerance holds for them."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_rough, value))
+    return float(value) if type(value) is int else value
 
 
 def _constant(node: ast.expr) -> Any:

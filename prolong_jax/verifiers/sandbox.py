@@ -11,7 +11,9 @@ folder, no new privileges, and another uid if this process is root; all of it en
 - C: no more than the above. This is NOT a sandbox, and refused unless asked for.
 
 NOT covered: faults of the kernel behind the calls that seccomp lets pass; CPU time taken from
-others. In B: names and sizes of files, and the processes of others, can be seen. In C: the network,
+others; memory of the kernel (buffers of sockets and pipes, page tables), which no limit counts. In
+B: names and sizes of files, and the processes of others, can be seen. In B and C, where the zygote
+is killed from outside: what a program has forked, while the program itself ends. In C: the network,
 all files that the uid may use, and as no root all processes of the user. Linux only; A and B on
 x86_64 and aarch64. No limit holds what a program claims: only the caller may know what is right.
 """
@@ -82,7 +84,8 @@ def run_program(
     Args:
       code: Python source with the standard library only.
       inputs: argument lists of `fn_name`, or texts for standard input where that is None.
-      time_limit_s: wall seconds for all of it, from the start of its execution.
+      time_limit_s: wall seconds for all of it, from the start of its execution; reading what it
+        returned counts.
 
     Raises:
       OSError: no confined process can be had, or it was killed from outside.
@@ -94,14 +97,18 @@ def run_program(
         messages, left_s = reply.messages, reply.left_s
         seen = [index for index in range(first, len(inputs)) if str(index) in messages]
         for index in seen:
+            start = time.monotonic()
             with suppress(ValueError, RecursionError):  # "" where the test raised
                 run.values[index] = json.loads(messages[str(index)])
+            left_s -= time.monotonic() - start
+            if left_s <= 0:
+                break
         if left_s <= 0 or "E" in messages:
             run.timed_out = left_s <= 0
             return run
         if "S" not in messages:
             kind = "syntax error" if "C" in messages else "failed before the first test"
-            run.problem = f"{kind} {messages.get('C', messages.get('L', ''))}".strip()
+            run.problem = f"{kind} {messages.get('C', messages.get('L', ''))[:100]}".strip()
             return run
         if reply.is_full and seen:
             first = max(seen) + 1
@@ -295,8 +302,12 @@ def _request(module: str, task: tuple[Any, ...], limit_s: float) -> _Reply:
     for _ in range(2):
         with _lock:
             data, left_s, ended_well = _zygote(module).run(whole, f"{token} E ".encode(), limit_s)
-        lines = re.findall(rb"%s (\S+) (.*)\n" % token.encode(), data)
-        found = {kind.decode(): text.decode("utf-8", "replace") for kind, text in reversed(lines)}
+        whole_lines = data[: data.rfind(b"\n") + 1]  # or the search takes quadratic time
+        lines = re.findall(rb"%s (\S{1,20}) (.*)\n" % token.encode(), whole_lines)
+        found = {
+            kind.decode("latin-1"): text.decode("utf-8", "replace")
+            for kind, text in reversed(lines)
+        }
         if "B" in found and (ended_well or _chosen == ["C"]):  # in C a run can kill its zygote
             return _Reply(found, left_s, len(data) > MAX_OUTPUT_BYTES)
     told = data[:500].decode(errors="replace")
@@ -432,6 +443,9 @@ def _tree(pid: int) -> list[int]:
 
 
 def _resident_bytes(pid: int) -> int:
-    with suppress(OSError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+    """Of any living thread: where the first one has ended, the process itself seems empty."""
+    for statm in Path(f"/proc/{pid}/task").glob("*/statm"):
+        with suppress(OSError):  # it has ended
+            if pages := int(statm.read_text().split()[1]):
+                return pages * resource.getpagesize()
     return 0

@@ -47,7 +47,7 @@ FIRST_UID, FEW_UIDS = 200_000, (20_000, 40_000)
 SYSTEM = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
 DEVICES = ["/dev/null", "/dev/urandom", "/dev/random"]  # not zero, which is memory to share
 
-SET_SECCOMP, SET_SUBREAPER, NO_NEW_PRIVS = 22, 36, 38  # of prctl
+SET_DEATH_SIGNAL, SET_SECCOMP, SET_SUBREAPER, NO_NEW_PRIVS = 1, 22, 36, 38  # of prctl
 NEW_MOUNTS, NEW_IPC, NEW_PIDS, ANY_NAMESPACE = 0x20000, 0x8000000, 0x20000000, 0x7E020000
 BIND, RECURSIVE, PRIVATE, NO_SUID_NO_DEVICES = 4096, 16384, 1 << 18, 6  # of mount
 
@@ -63,7 +63,8 @@ kexec_load 246 104, kexec_file_load 320 294, init_module 175 105, delete_module 
 finit_module 313 273, swapon 167 224, reboot 169 142, acct 163 89, quotactl 179 60, socket 41 198,
 move_pages 279 239, personality 135 92, memfd_create 319 279, memfd_secret 447 447, mq_open 240 180,
 shmget 29 194, semget 64 190, msgget 68 186, tkill 200 130, rt_sigqueueinfo 129 138,
-rt_tgsigqueueinfo 297 240, pidfd_send_signal 424 424, pidfd_getfd 438 438, process_madvise 440 440
+rt_tgsigqueueinfo 297 240, pidfd_send_signal 424 424, pidfd_getfd 438 438, process_madvise 440 440,
+setsockopt 54 208, inotify_add_watch 254 27, fanotify_init 300 262, sync 162 81, syncfs 306 267
 """
 # Tier B has no namespaces: all of a run stays in its process group, signals only itself, and changes
 # nothing of files, processes and messages that landlock leaves open.
@@ -79,8 +80,9 @@ msgsnd 69 189, msgrcv 70 188, msgctl 71 187, mq_unlink 241 181, mq_timedsend 242
 mq_timedreceive 243 183
 """
 SELF_ONLY_IN_B = "kill 62 129, tgkill 234 131, prlimit64 302 261"
-# Refused where the second argument is one of these: owners of files get signals.
-SET_OWNER_IN_B = [("fcntl 72 25", (8, 10, 15)), ("ioctl 16 29", (0x8901, 0x8902))]
+# Owners of files get signals, 8 10 15; leases and notices disturb or watch others, 1024 1026.
+FCNTL, NOT_OF_FCNTL = "fcntl 72 25", (8, 10, 15, 1024, 1026)
+IOCTL, TERMINAL_FIRST, TERMINAL_END = "ioctl 16 29", 0x5400, 0x5500  # others change files
 SOCKETPAIR, NO_STREAM = "socketpair 53 199", 0xE  # bits of other types, which can be addressed
 MMAP, SHARED, ANONYMOUS = "mmap 9 222", 1, 32  # of which no limit would know
 CLONE, CLONE3 = "clone 56 220", "clone3 435 435"
@@ -194,6 +196,8 @@ def serve(settings: dict[str, Any]) -> None:
         checked(libc.prctl(SET_SUBREAPER, 1, 0, 0, 0))
     if tier == "B":
         ruleset = landlock_ruleset([*SYSTEM, *settings["paths"], "."])
+    if settings["sys_path"]:  # for calls; what each process has from a big zygote is free to it
+        LIMITS[resource.RLIMIT_NPROC] = 32
     sys.path += settings["sys_path"]
     for name in settings["modules"]:
         module = importlib.import_module(name)
@@ -316,6 +320,7 @@ def run(tier: str, task_fd: int, result_fd: int, ruleset: int) -> None:
 def confine(tier: str, cpu_s: int, ruleset: int) -> None:
     """The limits of a run, none of which it can take off."""
     os.setsid()
+    checked(libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0))  # a killed zygote cannot
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for limit, size in {resource.RLIMIT_CPU: cpu_s, **LIMITS}.items():
         hard = resource.getrlimit(limit)[1]
@@ -376,11 +381,11 @@ def seccomp_program(machine: str, own_pid: int) -> bytes:
     for number in numbers(SELF_ONLY_IN_B) if own_pid else []:
         steps += [step(IF_EQUAL, number, 0, 5), first_argument, step(IF_EQUAL, 0, 2)]
         steps += [step(IF_EQUAL, own_pid, 1), refuse, allow]
-    for call, values in SET_OWNER_IN_B if own_pid else []:
-        steps += [step(IF_EQUAL, numbers(call)[0], 0, 2 * len(values) + 2), second_argument]
-        for value in values:
-            steps += [step(IF_EQUAL, value, 0, 1), refuse]
-        steps += [allow]
+    steps += [step(IF_EQUAL, numbers(FCNTL)[0], 0, 2 * len(NOT_OF_FCNTL) + 2), second_argument]
+    for value in NOT_OF_FCNTL:
+        steps += [step(IF_EQUAL, value, 0, 1), refuse]
+    steps += [allow, step(IF_EQUAL, numbers(IOCTL)[0], 0, 5), second_argument]
+    steps += [step(IF_ABOVE, TERMINAL_END, 1), step(IF_ABOVE, TERMINAL_FIRST, 1), refuse, allow]
     if own_pid:
         steps += [step(IF_EQUAL, numbers(SOCKETPAIR)[0], 0, 4), second_argument]
         steps += [step(IF_ANY_BIT, NO_STREAM, 0, 1), refuse, allow]

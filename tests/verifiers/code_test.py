@@ -146,6 +146,26 @@ def test_the_environment_is_empty(monkeypatch):
     assert run(names, inputs=[[1]], outputs=[[]]).score == 1.0
 
 
+def test_what_a_program_writes_is_never_our_error(monkeypatch):
+    def with_memory_used_up(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox.json, "loads", with_memory_used_up)
+        assert run("def f(x): return [[]] * 9").status == Status.OK
+    name = "type('E' * (1 << 20), (ValueError,), {})"
+    verdict = run(f"raise {name}")
+    assert verdict.score == 0.0 and verdict.status == Status.OK and len(verdict.detail) < 200
+
+
+def test_reading_values_counts_as_time(monkeypatch):
+    """4 MiB of small lists take a second: 40 of them would outlast the pool's limit."""
+    read = []
+    monkeypatch.setattr(sandbox.json, "loads", lambda text: (time.sleep(0.3), read.append(text)))
+    verdict = run("def f(x): return 0", [[x] for x in range(40)], [0] * 40, time_limit_s=1.0)
+    assert verdict.status == Status.TIMEOUT and len(read) <= 4
+
+
 def test_memory_and_answers_are_bounded():
     body = "def f(x):\n    b = bytearray(4 << 30)\n    return 2 * x"
     assert run(body).score == 0.0
@@ -332,6 +352,9 @@ def check(asserts: str, body: str, entry_point: str | None = None):
         ("f({1: 'a', (2,): None}) == {(2,): None, 1: 'a'}", "x", "{'1': 'a', (2,): None}"),
         ("f(1) == {'a': 1}", "__import__('collections').Counter('a')", "{'a': 2}"),
         ("f(1) == 2", "2.0", "3"),
+        ("f(1) == 2", "2 * x", "2 + 1e-9"),
+        ("f(1) == 2880067194370816120", "2880067194370816120", "2880067194370816120 * (1 + 3e-7)"),
+        ("f(1) == [100000000000000000001]", "[10**20 + 1]", "[1e20]"),
         ("f(1) == True", "1", "2"),
         ("f(1) == 0.3", "0.1 + 0.2", "0.301"),
         ("f(1) == 1e-07", "1.00000001e-07", "2e-07"),
@@ -351,6 +374,9 @@ def check(asserts: str, body: str, entry_point: str | None = None):
         ("not f(1)", "''", "'a'"),
         ("abs(f(1) - 3.14) < 0.01", "3.1416", "3.2"),
         ("abs(f(1) - 3) < 1e-3", "3.0001", "3.01"),
+        ("abs(f(1) - 3) < 1e-3", "3", "4"),
+        ("math.isclose(f(1), 100, rel_tol=0.01)", "100.5", "102"),
+        (f"abs(f(1) - {10**400}) < 1e-3", None, None),
         ("math.isclose(f(1), 100.0, rel_tol=0.01)", "100.5", "102"),
         ("f(1) == []", "[]", "()"),
         ("f(1) == float('nan')", None, None),

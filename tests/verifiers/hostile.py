@@ -148,6 +148,24 @@ ATTACKS = {
         "    rule = struct.pack('=Qi', 4, root)\n"
         "    return any(system_call(445, fd, 1, rule, 0) for fd in range(64))"
     ),
+    "enlarge the buffer of a socket": (
+        "import socket\ndef attack(): return socket.socketpair()[0].setsockopt(1, 7, 1 << 17)"
+    ),
+    "hold a file against others": (
+        "import fcntl\ndef attack():\n    try: return fcntl.fcntl(0, fcntl.F_SETLEASE, 2) == 0\n"
+        "    except OSError as problem: return problem.errno != 1  # for want of a lease"
+    ),
+    "be told of changes in a folder": (
+        "import fcntl, os\ndef attack(): return fcntl.fcntl(os.open('/lib', 0), 1026, 2)"
+    ),
+    "watch a file": (
+        LIBC + "def attack(): return system_call(254, libc.inotify_init(), b'/lib', 0xfff)"
+    ),
+    "flush all disks": LIBC + "def attack(): return system_call(162)",
+    "read the flags of a file": (  # as they are set
+        "import fcntl, os\n"
+        "def attack(): return fcntl.ioctl(open(os.__file__), 0x80086601, bytes(8))"
+    ),
     "change the mode of a file": "import os\ndef attack(): return os.chmod('{file}', 0o666)",
     "change the times of a file": "import os\ndef attack(): return os.utime('{file}', (0, 0))",
     "get a signal sent by a pipe": (
@@ -221,12 +239,33 @@ FAULTS = {  # in the second test alone, so 0.75
         "                os._exit(0)\n"
         "        time.sleep(60)"
     ),
+    "hide memory behind ended first threads": (
+        "import ctypes, os, threading, time\n        end, told = os.pipe()\n"
+        "        def hold():\n            time.sleep(1)\n            b = bytearray(b'x') * (600 << 20)\n"
+        "            os.write(told, b'x')\n            time.sleep(60)\n"
+        "        for _ in range(5):\n            if os.fork() == 0:\n"
+        "                threading.Thread(target=hold).start()\n"
+        "                ctypes.CDLL(None).syscall(60, 0)\n"
+        "        for _ in range(5): os.read(end, 1)\n        time.sleep(0.5)"
+    ),
     "write a flood of messages": (
         "import os\n        for fd in range(3, 64):\n            try:\n"
         "                for _ in range(50): os.write(fd, b'0 2\\n' * (1 << 18))\n"
         "            except OSError: pass\n        os._exit(0)"
     ),
 }
+FORGE = (  # the data, with what it finds of the token, to all files
+    "import gc, os, re\ndef f(x):\n"
+    "    cells = [c.cell_contents for g in gc.get_objects() if callable(g)\n"
+    "             for c in getattr(g, '__closure__', None) or ()]\n"
+    "    import sys; frame = sys._getframe()\n"
+    "    while frame: cells += frame.f_locals.values(); frame = frame.f_back\n"
+    "    for token in {c for c in cells if isinstance(c, str) and re.fullmatch('[0-9a-f]{32}', c)}:\n"
+    "        for fd in range(3, 64):\n"
+    "            try: os.write(fd, {data})\n"
+    "            except OSError: pass\n"
+    "    return 0"
+)
 CHEATS = {  # the rest: code and deserved score
     "equal to everything": (
         "class L(list): __eq__ = lambda s, o: True\nclass I(int):\n    __eq__ = lambda s, o: True\n"
@@ -243,18 +282,16 @@ CHEATS = {  # the rest: code and deserved score
         0.0,
     ),
     "forge messages with the token": (
-        "import gc, os, re\ndef f(x):\n"
-        "    cells = [c.cell_contents for g in gc.get_objects() if callable(g)\n"
-        "             for c in getattr(g, '__closure__', None) or ()]\n"
-        "    import sys; frame = sys._getframe()\n"
-        "    while frame: cells += frame.f_locals.values(); frame = frame.f_back\n"
-        "    for token in {c for c in cells if isinstance(c, str) and re.fullmatch('[0-9a-f]{32}', c)}:\n"
-        "        for fd in range(3, 64):\n"
-        "            try: os.write(fd, ''.join(f'{token} {k}\\n' for k in\n"
-        "                 ['0 4', '1 4', '007 8', '3 {', 'S ', '-1 2', '99 2', 'E ']).encode())\n"
-        "            except OSError: pass\n"
-        "    return 0",
+        FORGE.replace(
+            "{data}",
+            "''.join(f'{token} {k}\\n' for k in ['0 4', '1 4', '007 8', '3 {', '\\udcff 4', 'S ',"
+            " '-1 2', '99 2', 'E ']).encode(errors='surrogateescape')",
+        ),
         0.25,  # as if it returned 4: it does not know what is expected
+    ),
+    "write a line without an end with the token": (
+        FORGE.replace("{data}", "f'{token} a '.encode() * 9999").replace("return 0", "os._exit(0)"),
+        0.0,
     ),
     "print messages": (
         "import os\nfor fd in range(1, 20):\n    try: os.write(fd, b'0 2\\n1 4\\nE \\n')\n"
@@ -313,6 +350,7 @@ class Row:
 
     def is_contained(self) -> bool:
         fair = self.score == self.program.score
+        fair &= self.seconds < 4 * TIME_LIMIT_S  # nor is the caller held up
         return fair and not self.escaped and not self.left and self.next_is_clean
 
 

@@ -16,6 +16,7 @@ from tests.verifiers import hostile
 
 HEAVY = {  # seconds each: gigabytes of memory, hundreds of megabytes of output
     "take memory in many processes",
+    "hide memory behind ended first threads",
     "write a flood of messages",
     "return a flood",
     "make very many processes",
@@ -142,6 +143,15 @@ def test_calls(tier):
         call("builtins:eval", [object()], 20.0)
 
 
+def test_calls_have_few_processes(tier):
+    """Each of them has as much memory free as their zygote takes."""
+    if tier == "C" and os.geteuid() == 0:
+        pytest.skip("no limit on processes holds root")
+    text = "[__import__('threading').Timer(9, len).start() for _ in range({0})] and 1"
+    assert sandbox.call("builtins:eval", [text.format(20)], 20.0).value == 1
+    assert sandbox.call("builtins:eval", [text.format(40)], 20.0).value is None
+
+
 def test_values_are_not_forged_from_outside_the_interpreter(tier):
     """Neither what a text prints or writes nor a program that it starts becomes the value."""
     writes = "[__import__('os').write(fd, b'V 1.0\\\\n0 V 1.0\\\\n') for fd in range(1, 64) if {0}]"
@@ -193,6 +203,24 @@ def test_a_killed_zygote_is_replaced(tier):
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert values("def f(x): return x", 2) == [2]
     assert sandbox.zygote_pids() and pid not in sandbox.zygote_pids()
+
+
+def test_a_program_ends_with_a_zygote_that_is_killed(tier):
+    late = "import time\ndef f(x):\n    time.sleep(600)"
+    thread = threading.Thread(target=sandbox.run_program, args=(late, [[1]], "f", 3.0))
+    sandbox.close()
+    assert values("def f(x): return x", 1) == [1]
+    (pid,) = sandbox.zygote_pids()
+    thread.start()
+    time.sleep(0.5)
+    family = sandbox._tree(pid)
+    assert len(family) > 1
+    os.kill(pid, signal.SIGKILL)
+    limit = time.monotonic() + 10.0
+    while any(is_running(each) for each in family):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    thread.join()
 
 
 def signal_later(number: int, seconds: float) -> threading.Thread:
