@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from prolong_jax.models.decoder import Model, ModelConfig
+from prolong_jax.models.hf_config import parse_config, to_raw
 from prolong_jax.types import PyTree
 
 _LAYER_NAMES = {
@@ -19,6 +20,8 @@ _LAYER_NAMES = {
     "key": "self_attn.k_proj",
     "value": "self_attn.v_proj",
     "out": "self_attn.o_proj",
+    "query_norm": "self_attn.q_norm",
+    "key_norm": "self_attn.k_norm",
     "mlp_norm": "post_attention_layernorm",
     "gate": "mlp.gate_proj",
     "up": "mlp.up_proj",
@@ -50,32 +53,10 @@ def read_config(directory: str | Path) -> ModelConfig:
         )
     try:
         raw = json.loads(path.read_text())
-        if raw.get("model_type") != "qwen2":
-            raise ValueError(
-                f"model.path: expected model_type 'qwen2' in {path}, got "
-                f"{raw.get('model_type')!r}; use a Qwen2 or Qwen2.5 checkpoint."
-            )
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ValueError(f"model.path: rope scaling {rope} in {path} is not supported.")
-        if raw.get("use_sliding_window"):
-            raise ValueError(f"model.path: use_sliding_window in {path} is not supported.")
-        return ModelConfig(
-            vocab_size=raw["vocab_size"],
-            width=raw["hidden_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_heads=raw["num_attention_heads"],
-            num_kv_heads=raw["num_key_value_heads"],
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-            ff_dim=raw["intermediate_size"],
-            rope_theta=raw.get("rope_theta") or rope["rope_theta"],
-            norm_eps=raw["rms_norm_eps"],
-            tied_head=raw.get("tie_word_embeddings", False),
-            max_positions=raw["max_position_embeddings"],
-        )
+        return parse_config(raw, str(path))
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(
-            f"model.path: {path} is not a complete Qwen2 configuration "
+            f"model.path: {path} is not a complete configuration "
             f"({type(error).__name__}: {error}); download the checkpoint again."
         ) from error
 
@@ -129,23 +110,5 @@ def save_pretrained(directory: str | Path, model: Model, params: PyTree) -> None
         value = np.asarray(value, np.float32)
         tensors[_hf_name(path)] = np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    config = model.config
-    raw = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ff_dim,
-        "hidden_act": "silu",
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied_head,
-        "max_position_embeddings": config.max_positions,
-        "use_sliding_window": False,
-        "torch_dtype": "float32",
-    }
+    raw = to_raw(model.config) | {"torch_dtype": "float32"}
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")

@@ -36,13 +36,13 @@ def test_broken_directories_are_refused(copy, tmp_path):
     with pytest.raises(ValueError, match="found none in"):
         load(tmp_path / "nowhere")
     edit_config(copy, model_type="mamba")
-    with pytest.raises(ValueError, match="expected model_type 'qwen2' .* got 'mamba'"):
+    with pytest.raises(ValueError, match="expected model_type 'qwen2', .* got 'mamba'"):
         load(copy)
     edit_config(copy, model_type="qwen2", use_sliding_window=True)
     with pytest.raises(ValueError, match="use_sliding_window"):
         load(copy)
-    edit_config(copy, use_sliding_window=False, rope_scaling={"rope_type": "yarn"})
-    with pytest.raises(ValueError, match="rope scaling"):
+    edit_config(copy, use_sliding_window=False, rope_scaling={"rope_type": "longrope"})
+    with pytest.raises(ValueError, match="rope_type 'longrope'"):
         load(copy)
 
 
@@ -63,5 +63,5 @@ def test_broken_tensors_are_refused(copy):
     with pytest.raises(ValueError, match="no \\*.safetensors file"):
         load(copy)
     (copy / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not a complete Qwen2 configuration"):
+    with pytest.raises(ValueError, match="is not a complete configuration"):
         load(copy)
