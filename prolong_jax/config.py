@@ -23,8 +23,9 @@ TINY_BASE = str(Path(__file__).parent / "assets" / "tiny_base")
 
 @dataclass(frozen=True)
 class ModelSettings:
-    path: str = TINY_BASE  # Hugging Face model directory
+    path: str = TINY_BASE  # Hugging Face model: directory, 'owner/name' of the hub, or gs://...
     dtype: str = "bfloat16"  # of activations and matrix products: bfloat16 or float32
+    random: bool = False  # weights of the shape in config.json, drawn at random: for benchmarks
 
 
 @dataclass(frozen=True)
