@@ -107,7 +107,9 @@ def load_params(directory: str | Path, model: Model, mesh: Mesh | None = None) -
     shapes = model.shapes()
     wanted: dict[tuple, Any] = dict(flatten_dict(shapes))
     _refuse_unfit(stored, wanted, model.config, directory)
-    shardings = {} if mesh is None else flatten_dict(param_shardings(mesh, shapes))
+    shardings: dict[tuple, Any] = {}
+    if mesh is not None:
+        shardings = dict(flatten_dict(param_shardings(mesh, shapes)))
     leaves = {}
     for path in wanted:
         value = stored[_hf_name(path)].read().astype(np.float32, copy=False)

@@ -10,23 +10,10 @@ from typing import Any
 from prolong_jax.models.decoder import ModelConfig
 from prolong_jax.models.rope import RopeScaling, yarn_attention_factor
 
-# Keys that `_shape` reads, beside those of rotary positions.
-_READ = {
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "max_position_embeddings",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-}
+_READ = """
+model_type vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+intermediate_size rms_norm_eps tie_word_embeddings max_position_embeddings rope_theta rope_scaling
+rope_parameters""".split()
 _OF_FAMILY = {
     "qwen2": set(),
     "qwen3": {"attention_bias"},
@@ -38,54 +25,17 @@ _ARCHITECTURE = {
     "llama": "LlamaForCausalLM",
 }
 
-# Keys that change nothing in the forward pass of a decoder with full attention.
-_HARMLESS = {
-    "_name_or_path",
-    "name_or_path",
-    "_commit_hash",
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "attn_implementation",
-    "transformers_version",
-    "transformers.js_config",
-    "unsloth_version",
-    "unsloth_fixed",
-    "torch_dtype",
-    "dtype",
-    "initializer_range",
-    "attention_dropout",  # off in every forward pass here
-    "use_cache",
-    "output_hidden_states",
-    "output_attentions",
-    "return_dict",
-    "return_dict_in_generate",
-    "output_scores",
-    "torchscript",
-    "id2label",
-    "label2id",
-    "num_labels",
-    "problem_type",
-    "task_specific_params",
-    "tokenizer_class",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "sep_token_id",
-    "decoder_start_token_id",
-    "max_window_layers",  # of the sliding window, which is refused if in use
-    "temperature",
-    "top_k",
-    "top_p",
-    "typical_p",
-    "do_sample",
-    "max_length",
-    "min_length",
-    "num_beams",
-    "num_return_sequences",
-    "repetition_penalty",
-    "length_penalty",
-    "use_bfloat16",
-}
+# Keys that change nothing in the forward pass: there is no dropout in it, and the window of
+# max_window_layers is refused where it is in use.
+_HARMLESS = """
+_name_or_path name_or_path _commit_hash _attn_implementation _attn_implementation_autoset
+attn_implementation transformers_version transformers.js_config unsloth_version unsloth_fixed
+torch_dtype dtype use_bfloat16 torchscript initializer_range attention_dropout max_window_layers
+use_cache output_hidden_states output_attentions output_scores return_dict return_dict_in_generate
+id2label label2id num_labels problem_type task_specific_params tokenizer_class bos_token_id
+eos_token_id pad_token_id sep_token_id decoder_start_token_id do_sample temperature top_k top_p
+typical_p num_beams num_return_sequences repetition_penalty length_penalty max_length min_length
+""".split()
 
 # Keys with the values that mean what this decoder computes; None is always one of them.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
@@ -109,25 +59,13 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "auto_map": (),
 }
 
+_LLAMA3 = "factor low_freq_factor high_freq_factor original_max_position_embeddings"
+_YARN = "factor original_max_position_embeddings beta_fast beta_slow truncate attention_factor"
 _ROPE_KEYS = {
     "default": set(),
     "linear": {"factor"},
-    "llama3": {
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    },
-    "yarn": {
-        "factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "truncate",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
-    },
+    "llama3": set(_LLAMA3.split()),
+    "yarn": {*_YARN.split(), "mscale", "mscale_all_dim"},
 }
 
 
@@ -144,7 +82,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
             f"model.path: expected model_type {', '.join(map(repr, _OF_FAMILY))} in {where}, got "
             f"{family!r}; use a Qwen2, Qwen2.5, Qwen3 (dense) or Llama 3 checkpoint."
         )
-    _refuse_unsupported(raw, _READ | _OF_FAMILY[family], where)
+    _refuse_unsupported(raw, {*_READ, *_OF_FAMILY[family]}, where)
     attention_bias = bool(raw.get("attention_bias"))
     theta, scaling = _rope(raw, where)
     heads = raw["num_attention_heads"]
