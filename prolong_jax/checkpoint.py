@@ -17,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from prolong_jax.config import CheckpointSettings
-from prolong_jax.types import TrainState
+from prolong_jax.types import PyTree, TrainState
 
 
 class Checkpointer:
@@ -66,6 +66,31 @@ class Checkpointer:
                 f"({str(error).splitlines()[0]}); remove its directory to go on from an older one."
             ) from error
         return restored["state"], restored["host"]
+
+    def restore_params(self, like: PyTree, step: int | None = None) -> PyTree:
+        """The weights alone of a checkpoint (the newest), with the shapes and shardings of `like`.
+
+        Raises:
+          ValueError: there is no such checkpoint, or it is damaged or of another model.
+        """
+        steps = sorted(self._manager.all_steps())
+        step = self.latest_step if step is None else step
+        if step not in steps:
+            found = ", ".join(map(str, steps)) or "none"
+            raise ValueError(f"--step: no checkpoint of step {step}; found: {found}.")
+        restore = ocp.args.PyTreeRestore(
+            item={"params": like},
+            restore_args={"params": ocp.checkpoint_utils.construct_restore_args(like)},
+            partial_restore=True,
+        )
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=restore))
+        except (ValueError, KeyError, OSError) as error:
+            raise ValueError(
+                f"--workdir: the checkpoint of step {step} cannot be restored "
+                f"({str(error).splitlines()[0]}); choose another one by --step."
+            ) from error
+        return restored["state"]["params"]
 
     def close(self) -> None:
         """Waits until the last save is complete."""

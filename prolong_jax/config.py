@@ -26,7 +26,8 @@ TINY_BASE = str(ASSETS / "tiny_base")
 
 @dataclass(frozen=True)
 class ModelSettings:
-    path: str = TINY_BASE  # Hugging Face model directory
+    path: str = TINY_BASE  # Hugging Face model: directory, 'owner/name' of the hub, or gs://...
+    random: bool = False  # weights of the shape in config.json, drawn at random: for benchmarks
     shape: str = ""  # config.json that compile_check reads where `path` is no local directory
     dtype: str = "bfloat16"  # of activations and matrix products: bfloat16 or float32
     attention: str = "auto"  # of packed rows: xla, splash (TPU) or cudnn (GPU); auto: by platform

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -116,13 +115,13 @@ def by_level(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = parse(sys.argv[1:] if argv is None else argv)[0]
-        model, params = load_model(run.model.path, jnp.dtype(run.model.dtype))
+        mesh, dtype = make_mesh(run.mesh), jnp.dtype(run.model.dtype)
+        model, params = load_model(run.model.path, dtype, mesh, random=run.model.random)
         tokenizer = ChatTokenizer(run.model.path)
         with open_pool(run.verifiers) as pool:
             pool.check(DOMAINS)
-            mesh = make_mesh(run.mesh)
             collector = Collector(model, mesh, tokenizer, pool, run.seed)
-            params = sampling_copy(collector, jax.tree.map(jnp.asarray, params))
+            params = sampling_copy(collector, params)
             prompts, samples = held_out_prompts(run), run.validation.final_samples
             table, groups = evaluate(collector, params, prompts, samples, run, 0, Timer())
     except ValueError as error:

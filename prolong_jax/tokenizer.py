@@ -2,25 +2,32 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+from prolong_jax.model_files import local_directory
 
 
 class ChatTokenizer:
     """A model directory's tokenizer, as the run uses it."""
 
     def __init__(self, directory: str | Path):
-        """Reads the tokenizer files of a model directory.
+        """Reads the tokenizer files of a model directory, wherever `local_directory` finds it.
 
         Raises:
           ValueError: no usable tokenizer, no chat template, or no stop token.
         """
+        directory = local_directory(directory, weights=False)
         # Else its import advises to install PyTorch, which nothing here needs.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+        # A tokenizer.json is read as it stands. AutoTokenizer may choose a class that splits text by
+        # rules of its own (Qwen2's for every model of type qwen2), and so other tokens.
+        shipped = (directory / "tokenizer.json").exists()
+        reader = PreTrainedTokenizerFast if shipped else AutoTokenizer
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+            self._tokenizer = reader.from_pretrained(str(directory), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"model.path: no usable tokenizer in {str(directory)!r} "
@@ -36,7 +43,7 @@ class ChatTokenizer:
                 f"model.path: the tokenizer in {str(directory)!r} has an empty vocabulary; add its "
                 "tokenizer.json or tokenizer.model."
             )
-        self.stop_ids = self._read_stop_ids(Path(directory))
+        self.stop_ids = self._read_stop_ids(directory)
         pad = self._tokenizer.pad_token_id
         self.pad_id: int = self.stop_ids[0] if pad is None else pad
 
@@ -63,16 +70,41 @@ class ChatTokenizer:
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], str]:
         """Token ids of the rendered chat, and the part of the answer that the template opened.
 
-        The second value is "<think>" where the template ends by opening the reasoning, else "".
+        The second value is "<think>" with the space after it where the template ends by opening
+        the reasoning, as that of R1 does with "<think>\\n", else "".
         It goes in front of the response before a verifier reads it.
         """
         text = self._tokenizer.apply_chat_template(
             [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
         )
         ids = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids, "<think>" if text.rstrip().endswith("<think>") else ""
+        opens = text.rstrip().endswith("<think>")
+        return ids, text[text.rindex("<think>") :] if opens else ""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, without its stop token."""
         kept = [i for i in ids if i not in self.stop_ids]
-        return self._tokenizer.decode(kept, skip_special_tokens=False)
+        # The clean-up that some files ask for removes spaces before punctuation, in programs too.
+        return self._tokenizer.decode(
+            kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+
+def stream_text(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
+    """Pieces of text for tokens that come one by one; together they are `decode` of all tokens.
+
+    A piece ends at a whole character: bytes of an unfinished one wait for the tokens that follow.
+    Tokens are decoded together with the piece before them, since what a token adds may depend on
+    its neighbours (the space in front of a sentencepiece word).
+    """
+    window: list[int] = []  # tokens of the last piece, then those that came after it
+    shown = 0  # of these, the tokens whose text is out
+    for token in ids:
+        window.append(token)
+        before, after = decode(window[:shown]), decode(window)
+        if len(after) > len(before) and not after.endswith("\ufffd"):
+            yield after[len(before) :]
+            window = window[shown:]
+            shown = len(window)
+    if shown < len(window):  # the sequence ends inside of a character
+        yield decode(window)[len(decode(window[:shown])) :]

@@ -38,7 +38,7 @@ from prolong_jax.config import (
 from prolong_jax.data.mixture import Position, Sources, next_prompts, open_sources, record
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.evaluate import evaluate, held_out_prompts
-from prolong_jax.mesh import make_mesh, param_shardings
+from prolong_jax.mesh import make_mesh
 from prolong_jax.metrics import Progress, Writer, final_table
 from prolong_jax.models.decoder import Model, for_training
 from prolong_jax.models.hf import load_model
@@ -211,10 +211,10 @@ def train(run: RunConfig, workdir: Path) -> int:
     started = time.monotonic()
     refuse_other_workdir(run, workdir)
     mesh = make_mesh(run.mesh)
-    model, params = load_model(run.model.path, jnp.dtype(run.model.dtype))
+    dtype = jnp.dtype(run.model.dtype)
+    model, params = load_model(run.model.path, dtype, mesh, random=run.model.random)
     tokenizer = ChatTokenizer(run.model.path)
     refuse_unfit_model(run, model, tokenizer)
-    params = jax.device_put(params, param_shardings(mesh, model.shapes()))
     sources = open_sources(run, lambda prompt: len(tokenizer.encode_chat(prompt.messages)[0]))
     with open_pool(run.verifiers, workdir / "faults.jsonl") as pool:
         pool.check(DOMAINS)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 # A name stands for the module or for a subpackage with all its modules. Imports go downwards only.
 LAYERS = (
-    ("types", "config"),
+    ("types", "config", "model_files"),
     ("masked", "mesh", "tokenizer", "stages", "advantages", "verifiers", "roofline"),
     ("losses", "optimizer", "models", "data"),
     ("sampler", "update", "checkpoint", "metrics"),
@@ -41,8 +41,8 @@ PURE_LIBRARIES = {"jax", "jaxtyping", "numpy", "math", "functools", "typing", "d
 PURE_LIBRARIES |= {"collections", "enum", f"{PACKAGE}.types", f"{PACKAGE}.masked"}
 
 # Side effects belong here; the doors to the program (layer 5) are free as well.
-EFFECTFUL = ("data", "models.hf", "checkpoint", "metrics", "verifiers.pool", "verifiers.sandbox")
-EFFECTFUL += ("verifiers.sandbox_zygote",)
+EFFECTFUL = ("data", "model_files", "models.hf", "models.tensors", "checkpoint", "metrics")
+EFFECTFUL += ("verifiers.pool", "verifiers.sandbox", "verifiers.sandbox_zygote")
 EFFECTFUL += LAYERS[5]
 READERS = ("config", "tokenizer")  # these read the files that the user names, and write nothing
 EFFECT_LIBRARIES = {"subprocess", "multiprocessing", "socket", "shutil", "tempfile", "signal"}

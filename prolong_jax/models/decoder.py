@@ -1,4 +1,4 @@
-"""One decoder-only transformer (Qwen2), written in Flax NNX and used as pure functions.
+"""One decoder-only transformer (Qwen2, Qwen3, Llama 3), written in Flax NNX and used as pure functions.
 
 `Model` splits the module once into a graph definition and a pytree of parameters, so that the rest
 of the package only sees `model.hidden(params, ...)` and `model.logits(params, ...)`.
@@ -17,6 +17,7 @@ from prolong_jax.config import ModelSettings
 from prolong_jax.mesh import ROW_AXES, constrain, gather, weight_spec
 from prolong_jax.models.attention import Packed, attend, attend_packed, backend_for
 from prolong_jax.models.logprobs import token_logprobs
+from prolong_jax.models.rope import RopeScaling, rotate
 from prolong_jax.types import Array, PyTree
 
 # What the backward pass keeps of a layer beside its input; "none": nothing is computed again.
@@ -29,7 +30,7 @@ Cache = tuple[tuple[Array, Array], ...]  # per layer: keys [B, K, C, S], values 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Qwen2 checkpoint. Field comments name the key of its config.json."""
+    """The shape of a checkpoint. Field comments name the key of its config.json."""
 
     vocab_size: int  # vocab_size
     width: int  # hidden_size
@@ -42,17 +43,11 @@ class ModelConfig:
     norm_eps: float  # rms_norm_eps
     tied_head: bool  # tie_word_embeddings
     max_positions: int  # max_position_embeddings
-
-
-def _rotate(x_BTHC: Array, positions_BT: Array, theta: float) -> Array:
-    """Rotary position embedding (arXiv 2104.09864), halves rotated against each other."""
-    half = x_BTHC.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = (positions_BT[..., None] * frequency)[:, :, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTHC.dtype)
+    qkv_bias: bool = True  # Qwen2: always; Qwen3 and Llama: attention_bias
+    out_bias: bool = False  # Qwen3 and Llama: attention_bias
+    mlp_bias: bool = False  # Llama: mlp_bias
+    qk_norm: bool = False  # Qwen3: RMSNorm of each query and key head
+    rope_scaling: RopeScaling = RopeScaling()  # rope_parameters or rope_scaling
 
 
 class Layer(nnx.Module):
@@ -67,21 +62,27 @@ class Layer(nnx.Module):
             )
 
         self.attention_norm = nnx.RMSNorm(D, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.query = linear(D, config.num_heads * C, bias=True)
-        self.key = linear(D, config.num_kv_heads * C, bias=True)
-        self.value = linear(D, config.num_kv_heads * C, bias=True)
-        self.out = linear(config.num_heads * C, D)
+        self.query = linear(D, config.num_heads * C, bias=config.qkv_bias)
+        self.key = linear(D, config.num_kv_heads * C, bias=config.qkv_bias)
+        self.value = linear(D, config.num_kv_heads * C, bias=config.qkv_bias)
+        self.out = linear(config.num_heads * C, D, bias=config.out_bias)
+        if config.qk_norm:
+            self.query_norm = nnx.RMSNorm(C, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+            self.key_norm = nnx.RMSNorm(C, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
         self.mlp_norm = nnx.RMSNorm(D, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.gate = linear(D, config.ff_dim)
-        self.up = linear(D, config.ff_dim)
-        self.down = linear(config.ff_dim, D)
+        self.gate = linear(D, config.ff_dim, bias=config.mlp_bias)
+        self.up = linear(D, config.ff_dim, bias=config.mlp_bias)
+        self.down = linear(config.ff_dim, D, bias=config.mlp_bias)
 
     def __call__(self, x_BTD, positions_BT, seen, cache, slot, model: "Model"):
         config = self.config
         y = self.attention_norm(x_BTD)
         heads = (*y.shape[:2], -1, config.head_dim)
-        q_BTHC = _rotate(self.query(y).reshape(heads), positions_BT, config.rope_theta)
-        k_BTKC = _rotate(self.key(y).reshape(heads), positions_BT, config.rope_theta)
+        q_BTHC, k_BTKC = self.query(y).reshape(heads), self.key(y).reshape(heads)
+        if config.qk_norm:
+            q_BTHC, k_BTKC = self.query_norm(q_BTHC), self.key_norm(k_BTKC)
+        q_BTHC = rotate(q_BTHC, positions_BT, config.rope_theta, config.rope_scaling)
+        k_BTKC = rotate(k_BTKC, positions_BT, config.rope_theta, config.rope_scaling)
         v_BTKC = self.value(y).reshape(heads)
         if isinstance(seen, Packed):
             cache, backend = None, model.attention

@@ -5,8 +5,8 @@ import pytest
 
 from prolong_jax.config import TINY_BASE
 from prolong_jax.models.attention import causal_mask
-from prolong_jax.models.decoder import Model, ModelConfig, positions_of
-from prolong_jax.models.hf import load_params, read_config, save_pretrained
+from prolong_jax.models.decoder import Model, positions_of
+from prolong_jax.models.hf import load_params, read_config
 from tests.tiny import MODEL, random_params
 
 
@@ -63,44 +63,13 @@ def grow(x, axis):
     return jnp.pad(x, [(0, 5 if i == axis else 0) for i in range(4)])
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_parity_with_transformers_on_random_shapes(seed, tmp_path):
-    rng = np.random.default_rng(seed)
-    kv_heads, per_kv = int(rng.integers(1, 4)), int(rng.integers(1, 4))
-    head_dim = int(rng.choice([8, 16]))
-    shape = ModelConfig(
-        vocab_size=101,
-        width=kv_heads * per_kv * head_dim,
-        num_layers=2,
-        num_heads=kv_heads * per_kv,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        ff_dim=56,
-        rope_theta=float(rng.choice([10_000.0, 1_000_000.0, 500.0])),
-        norm_eps=float(rng.choice([1e-6, 1e-3])),
-        tied_head=bool(rng.integers(2)),
-        max_positions=128,
-    )
-    model = Model(shape)
-    params = jax.tree.map(
-        lambda x: x + 0.2 * rng.normal(size=x.shape).astype(np.float32),
-        model.init(jax.random.key(seed)),
-    )
-    save_pretrained(tmp_path, model, params)
-    tokens, valid = left_padded(101, rng)
-    expected = torch_logits(tmp_path, tokens, valid)
-    np.testing.assert_allclose(
-        logits(model, params, tokens, valid)[valid], expected[valid], atol=1e-3
-    )
-
-
 def test_the_base_model_agrees_with_transformers():
     model = Model(read_config(TINY_BASE))
     params = load_params(TINY_BASE, model)
     tokens, valid = left_padded(model.config.vocab_size, np.random.default_rng(0))
     expected = torch_logits(TINY_BASE, tokens, valid)
     np.testing.assert_allclose(
-        logits(model, params, tokens, valid)[valid], expected[valid], atol=1e-3
+        logits(model, params, tokens, valid)[valid], expected[valid], atol=2e-4, rtol=0
     )
 
 
