@@ -9,16 +9,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from prolong_jax.config import DOMAINS, LEVELS, RunConfig, parse
 from prolong_jax.data.procedural import validation_prompts
 from prolong_jax.data.prompts import Prompt
-from prolong_jax.mesh import make_mesh
+from prolong_jax.mesh import make_mesh, put, replicated
 from prolong_jax.models.hf import load_model
-from prolong_jax.rollout import Collector, Group, Timer, sample_groups, sampling_copy
+from prolong_jax.processes import Timer, start
+from prolong_jax.rollout import Collector, Group, sample_groups, sampling_copy
 from prolong_jax.sampler import SamplingRule
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.types import PyTree
@@ -116,13 +116,14 @@ def by_level(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = parse(sys.argv[1:] if argv is None else argv)[0]
+        start(run.mesh)
         model, params = load_model(run.model.path, jnp.dtype(run.model.dtype))
         tokenizer = ChatTokenizer(run.model.path)
         with open_pool(run.verifiers) as pool:
             pool.check(DOMAINS)
             mesh = make_mesh(run.mesh)
             collector = Collector(model, mesh, tokenizer, pool, run.seed)
-            params = sampling_copy(collector, jax.tree.map(jnp.asarray, params))
+            params = sampling_copy(collector, put(params, replicated(mesh)))
             prompts, samples = held_out_prompts(run), run.validation.final_samples
             table, groups = evaluate(collector, params, prompts, samples, run, 0, Timer())
     except ValueError as error:

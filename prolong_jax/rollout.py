@@ -6,10 +6,8 @@ wait in `Cursor.surplus` for the next one; their older sampler is corrected for 
 weight of the loss.
 """
 
-import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,8 +19,9 @@ from prolong_jax.advantages import group_advantage, is_dead, stop_properly
 from prolong_jax.config import RolloutSettings
 from prolong_jax.data.mixture import Position
 from prolong_jax.data.prompts import Prompt
-from prolong_jax.mesh import by_rows, replicated
+from prolong_jax.mesh import by_rows, local_copy, local_mesh
 from prolong_jax.models.decoder import Model
+from prolong_jax.processes import Timer, share
 from prolong_jax.sampler import Samples, SamplingRule, generate, left_pad, sample_keys
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.types import PyTree
@@ -75,26 +74,8 @@ class Collector:
     seed: int
 
 
-class Timer:
-    """Adds up seconds per phase: `with timer("sample"): ...`."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
-
-    def take(self) -> dict[str, float]:
-        """The seconds so far, and a fresh start."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
-
-
 def sampling_copy(collector: Collector, params: PyTree) -> PyTree:
-    """The weights for the sampler: whole on every device, layers in the dtype of the products.
+    """The weights for the sampler: whole on each local device, layers in the dtype of the products.
 
     Embedding and head stay in float32, as the trainer uses them for its logits.
     """
@@ -102,8 +83,7 @@ def sampling_copy(collector: Collector, params: PyTree) -> PyTree:
     def cast(path: tuple, x: jax.Array) -> jax.Array:
         return x if path[0].key in ("embed", "head") else x.astype(collector.model.dtype)
 
-    params = jax.tree_util.tree_map_with_path(cast, params)
-    return jax.device_put(params, replicated(collector.mesh))
+    return local_copy(collector.mesh, jax.tree_util.tree_map_with_path(cast, params))
 
 
 def sample_groups(
@@ -116,14 +96,34 @@ def sample_groups(
     settings: RolloutSettings,
     timer: Timer,
 ) -> list[Group]:
-    """Samples a group for each prompt, `sample_rows` responses at a time.
-
-    Workers verify what is there while sampling goes on; "verify" is the time to wait for the rest.
+    """Samples a group for each prompt; every process does its share and gets all groups.
 
     Raises:
       ValueError: a prompt is longer than `max_prompt_len` tokens.
     """
-    devices = collector.mesh.shape["data"] * collector.mesh.shape["fsdp"]
+
+    def work(mine: Sequence[Prompt]) -> list[Group]:
+        return _sample(collector, params, mine, group_size, step, rule, settings, timer)
+
+    return share(prompts, work)
+
+
+def _sample(
+    collector: Collector,
+    params: PyTree,
+    prompts: Sequence[Prompt],
+    group_size: int,
+    step: int,
+    rule: SamplingRule,
+    settings: RolloutSettings,
+    timer: Timer,
+) -> list[Group]:
+    """Samples a group for each prompt on the local devices, `sample_rows` responses at a time.
+
+    Workers verify what is there while sampling goes on; "verify" is the time to wait for the rest.
+    """
+    mesh = local_mesh(collector.mesh)
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
     at_once = devices * max(1, settings.sample_rows // (group_size * devices))
     groups: list[Group] = []
     for start in range(0, len(prompts), at_once):
@@ -137,7 +137,7 @@ def sample_groups(
             sample_keys(collector.seed, step, numbers, group_size),
         )
         with timer("sample"):
-            tokens_PS, valid_PS, keys_PG = jax.device_put(inputs, by_rows(collector.mesh))
+            tokens_PS, valid_PS, keys_PG = jax.device_put(inputs, by_rows(mesh))
             samples = generate(collector.model, params, tokens_PS, valid_PS, keys_PG, rule)
         for number, prompt in enumerate(chunk):
             rows = slice(number * group_size, (number + 1) * group_size)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # A name stands for the module or for a subpackage with all its modules. Imports go downwards only.
 LAYERS = (
     ("types", "config"),
-    ("masked", "mesh", "tokenizer", "stages", "advantages", "verifiers"),
+    ("masked", "mesh", "processes", "tokenizer", "stages", "advantages", "verifiers"),
     ("losses", "optimizer", "models", "data"),
     ("sampler", "update", "checkpoint", "metrics"),
     ("rollout",),
@@ -42,7 +42,7 @@ PURE_LIBRARIES |= {"collections", "enum", f"{PACKAGE}.types", f"{PACKAGE}.masked
 
 # Side effects belong here; the doors to the program (layer 5) are free as well.
 EFFECTFUL = ("data", "models.hf", "checkpoint", "metrics", "verifiers.pool", "verifiers.sandbox")
-EFFECTFUL += ("verifiers.sandbox_zygote",)
+EFFECTFUL += ("verifiers.sandbox_zygote", "processes")
 EFFECTFUL += LAYERS[5]
 READERS = ("config", "tokenizer")  # these read the files that the user names, and write nothing
 EFFECT_LIBRARIES = {"subprocess", "multiprocessing", "socket", "shutil", "tempfile", "signal"}
