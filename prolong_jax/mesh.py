@@ -1,7 +1,8 @@
 """The device mesh, and where rows and weights live on it."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -112,28 +113,28 @@ def put(values: PyTree, shardings: PyTree) -> PyTree:
     )
 
 
-def _whole(mesh: Mesh, values: PyTree) -> PyTree:
-    """Global arrays, whole on every device of the run; every process has to ask."""
-    return jax.jit(lambda x: x, out_shardings=replicated(mesh))(values)
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[PyTree], PyTree]:
+    return jax.jit(lambda values: values, out_shardings=replicated(mesh))
 
 
 def local_copy(mesh: Mesh, values: PyTree) -> PyTree:
-    """Global arrays as arrays of this process, whole on each of its devices."""
-    if jax.process_count() == 1:
-        return jax.device_put(values, replicated(local_mesh(mesh)))
+    """Global arrays as arrays of this process, whole on each of its devices; all have to ask."""
     sharding = replicated(local_mesh(mesh))
+    if jax.process_count() == 1:
+        return jax.device_put(values, sharding)
 
     def one(x: jax.Array) -> jax.Array:
         parts = {shard.device: shard.data for shard in x.addressable_shards}
         ordered = [parts[device] for device in mesh.local_devices]
         return jax.make_array_from_single_device_arrays(x.shape, sharding, ordered)
 
-    return jax.tree.map(one, _whole(mesh, values))
+    return jax.tree.map(one, _gather(mesh)(values))
 
 
-def fetch(mesh: Mesh, x: jax.Array) -> np.ndarray:
-    """A global array on the host; every process has to ask."""
-    return jax.device_get(x if x.is_fully_addressable else _whole(mesh, x))
+def fetch(mesh: Mesh, values: PyTree) -> PyTree:
+    """Global arrays as host arrays; all processes have to ask."""
+    return jax.device_get(values if jax.process_count() == 1 else _gather(mesh)(values))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,13 +46,18 @@ def start(settings: MeshSettings) -> None:
         # Without detection: under Slurm, it would leave a process only one of its devices.
         given = {"coordinator_address": where, "cluster_detection_method": "deactivate"}
         given |= {"num_processes": settings.num_processes, "process_id": settings.process_id}
+        # JAX kills a process that waits in vain, so what it waits for is said before.
+        here, count = settings.process_id, settings.num_processes
+        print(f"process {here} of {count} joins the others at {where}", file=sys.stderr, flush=True)
     try:
+        if settings.process_id > 0 and where != "auto":
+            _await_listener(where)
         jax.distributed.initialize(
             **given,
             initialization_timeout=START_LIMIT_S,
             shutdown_timeout_seconds=END_LIMIT_S,
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise ValueError(
             f"mesh.coordinator: the processes of this run did not find each other at {where!r} "
             f"({' '.join(str(error).split())}); start all of them, with the same address and "
@@ -59,6 +65,20 @@ def start(settings: MeshSettings) -> None:
         ) from error
     if not is_first():
         sys.stdout = open(os.devnull, "w")
+
+
+def _await_listener(address: str) -> None:
+    """Raises OSError where nobody listens at host:port within the limit."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + START_LIMIT_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
 
 
 def is_first() -> bool:

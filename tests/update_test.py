@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from prolong_jax.config import LossSettings, MeshSettings, OptimizerSettings
-from prolong_jax.mesh import make_mesh, param_shardings
+from prolong_jax.mesh import fetch, make_mesh, param_shardings, put
 from prolong_jax.optimizer import make_optimizer
 from prolong_jax.train import initial_state
 from prolong_jax.types import TrainState
@@ -35,16 +35,16 @@ def packed(conversations, rows=8, row_len=24, micro_batches=6):
 def gradient(rows=8, row_len=24, mesh=None, conversations=CONVERSATIONS, micro_batches=6):
     """The gradient that an update applies, read off an SGD step, and the step's metrics."""
     mesh = mesh or make_mesh(MeshSettings())
-    params = jax.device_put(random_params(1), param_shardings(mesh, MODEL.shapes()))
-    ref_params = jax.device_put(random_params(2), param_shardings(mesh, MODEL.shapes()))
-    before = jax.device_get(params)
+    before, shardings = jax.device_get(random_params(1)), param_shardings(mesh, MODEL.shapes())
+    params, ref_params = put(before, shardings), put(random_params(2), shardings)
     state = TrainState(params, ref_params, SGD.init(params))
     batch, used = packed(conversations, rows, row_len, micro_batches)
     batch = scorer(0.9)(state, put_rows(mesh, batch), used)
     # Pretend that the old policy was another one, so that ratios and clipping matter.
     batch = replace(batch, old_logp=batch.old_logp - 0.3 * batch.advantage)
     state, metrics = make_update(MODEL, SGD, mesh, LOSS, 0.9)(state, batch, used)
-    delta = jax.tree.map(lambda a, b: (a - b) / LEARNING_RATE, before, jax.device_get(state.params))
+    after = fetch(mesh, state.params)
+    delta = jax.tree.map(lambda a, b: (a - b) / LEARNING_RATE, before, after)
     return delta, jax.device_get(metrics)
 
 
