@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ ${TPU_WORKER_HOSTNAMES:-} == *,* ]]; then
-  echo "this slice has several hosts (TPU_WORKER_HOSTNAMES); only one host is supported yet" >&2
+  echo "this slice has several hosts (TPU_WORKER_HOSTNAMES); use launch/tpu_pod.sh" >&2
   exit 2
 fi
 export JAX_PLATFORMS=tpu,cpu # fail rather than fall back to the CPU

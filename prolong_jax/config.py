@@ -39,7 +39,13 @@ class ModelSettings:
 class MeshSettings:
     data: int = 1  # rows are split over this axis, weights are not
     fsdp: int = 1  # rows and weights are split over this axis
-    tensor: int = 1  # heads and feed-forward are split over this axis
+    tensor: int = 1  # heads and feed-forward are split over this axis, within a process
+    # How the processes of a run find each other. "": there is only one; auto: as the TPU pod, GKE
+    # or Slurm says; host:port: the first process listens there, and the next two are needed.
+    coordinator: str = ""
+    num_processes: int = 0
+    process_id: int = -1  # of this process, from 0
+    watchdog_s: float = 0.0  # a longer step dumps the stacks of all threads to stderr; 0: never
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class RolloutSettings:
     max_response_len: int = 7072  # tokens
     dynamic_sampling: bool = True  # drop groups whose raw rewards are all equal, and draw more
     max_sampling_rounds: int = 4  # rounds of prompts_per_step prompts, at most
-    sample_rows: int = 256  # responses that are sampled at once; bounds the memory of the KV cache
+    sample_rows: int = 256  # responses that a process samples at once; bounds its KV cache
     stop_properly: float = 1.0  # factor on the reward of unterminated responses; < 0 replaces it
 
 
@@ -346,6 +352,7 @@ def check(run: RunConfig) -> None:
             source.weight >= 0,
             f"'data.sources.{name}.weight' must be 0 or more, got {source.weight}.",
         )
+    _check_processes(run.mesh)
     for index, stage in enumerate(run.stages):
         _check_positive(for_stage(run, index))
         _check_sizes(for_stage(run, index))
@@ -370,6 +377,22 @@ def check(run: RunConfig) -> None:
                 sum(weights.values()) > 0 and min(weights.values()) >= 0,
                 f"{where} has no positive weight, so there is no data to draw.",
             )
+
+
+def _check_processes(mesh: MeshSettings) -> None:
+    _require(mesh.watchdog_s >= 0, f"'mesh.watchdog_s' must be 0 or more, got {mesh.watchdog_s}.")
+    if mesh.coordinator in ("", "auto"):
+        return
+    host, _, port = mesh.coordinator.rpartition(":")
+    _require(
+        bool(host) and port.isdecimal(),
+        f"'mesh.coordinator' must be auto or host:port, got {mesh.coordinator!r}.",
+    )
+    _require(
+        0 <= mesh.process_id < mesh.num_processes,
+        f"'mesh.coordinator' {mesh.coordinator!r} needs mesh.process_id from 0 to "
+        f"mesh.num_processes - 1, got {mesh.process_id} of {mesh.num_processes}.",
+    )
 
 
 def _check_positive(run: RunConfig) -> None:

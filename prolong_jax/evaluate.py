@@ -17,7 +17,8 @@ from prolong_jax.data.procedural import validation_prompts
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.mesh import make_mesh
 from prolong_jax.models.hf import load_model
-from prolong_jax.rollout import Collector, Group, Timer, sample_groups, sampling_copy
+from prolong_jax.processes import Timer, start
+from prolong_jax.rollout import Collector, Group, sample_groups, sampling_copy
 from prolong_jax.sampler import SamplingRule
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.types import PyTree
@@ -115,6 +116,7 @@ def by_level(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = parse(sys.argv[1:] if argv is None else argv)[0]
+        start(run.mesh)
         mesh, dtype = make_mesh(run.mesh), jnp.dtype(run.model.dtype)
         model, params = load_model(run.model.path, dtype, mesh, random=run.model.random)
         tokenizer = ChatTokenizer(run.model.path)

@@ -1,11 +1,14 @@
 """The device mesh, and where rows and weights live on it."""
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,23 +32,110 @@ _WEIGHTS = {  # by layer name: (input axis, output axis) of its kernel
 
 
 def make_mesh(settings: MeshSettings, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over the first data * fsdp * tensor devices, by default of this process.
+    """A mesh over the first data * fsdp * tensor devices; over all, where several hosts have them.
+
+    Neighbours of the tensor axis belong to one process, and slices of a TPU pod that are joined by
+    the data-centre network only are apart on the data axis.
+
+    Args:
+      settings: the size of each axis.
+      devices: None: all of this run.
 
     Raises:
-      ValueError: fewer devices than the mesh wants.
+      ValueError: the devices do not fit the mesh.
     """
     shape = (settings.data, settings.fsdp, settings.tensor)
-    count, devices = int(np.prod(shape)), devices or jax.devices()
-    if len(devices) < count:
+    count, devices = math.prod(shape), list(jax.devices() if devices is None else devices)
+    spread = len({d.process_index for d in devices}) > 1
+    if len(devices) < count or (spread and len(devices) > count):
         raise ValueError(
             f"mesh: data x fsdp x tensor = {' x '.join(map(str, shape))} wants {count} devices, "
-            f"found {len(devices)} ({devices[0].platform}); make the mesh smaller."
+            f"found {len(devices)} ({devices[0].platform}); "
+            + ("make it use all of them." if spread else "make the mesh smaller.")
         )
-    return Mesh(
-        np.array(devices[:count]).reshape(shape),
-        ("data", "fsdp", "tensor"),
-        axis_types=(AxisType.Auto,) * 3,
+    slices = _slices(devices[:count])
+    if settings.data % len(slices):
+        if devices[0].platform == "tpu":
+            raise ValueError(
+                f"mesh: data = {settings.data} must be a multiple of the {len(slices)} slices."
+            )
+        slices = [devices[:count]]  # nodes of GPUs: any axis may lie across
+    shape = (settings.data // len(slices), settings.fsdp, settings.tensor)
+    grid = np.concatenate([_arrange(shape, part) for part in slices])
+    return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def _slices(devices: Sequence[Any]) -> list[list[Any]]:
+    """The devices by `slice_index`, which those of several slices have."""
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    return [slices[index] for index in sorted(slices)]
+
+
+def _arrange(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices of a slice [data, fsdp, tensor], by their network where it is known."""
+
+    def is_inside(grid: np.ndarray) -> bool:
+        groups = grid.reshape(-1, shape[-1])
+        return all(len({d.process_index for d in group}) == 1 for group in groups)
+
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if not is_inside(grid):
+        grid = np.array(sorted(devices, key=lambda d: (d.process_index, d.id))).reshape(shape)
+    if not is_inside(grid):
+        local = len([d for d in devices if d.process_index == devices[0].process_index])
+        raise ValueError(
+            f"mesh: tensor = {shape[-1]} must divide the {local} devices of a process; choose a "
+            "smaller one."
+        )
+    return grid
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+    """A mesh over the devices of this process, with the same tensor axis."""
+    local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    grid = np.array(local).reshape(1, -1, mesh.shape["tensor"])
+    return Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def put(values: PyTree, shardings: PyTree) -> PyTree:
+    """Host arrays, the same in every process, on the devices; shardings may be a prefix."""
+    if jax.process_count() == 1:
+        return jax.device_put(values, shardings)
+
+    def one(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    return jax.tree.map(
+        lambda sharding, part: jax.tree.map(lambda x: one(np.asarray(x), sharding), part),
+        shardings,
+        values,
     )
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[PyTree], PyTree]:
+    return jax.jit(lambda values: values, out_shardings=replicated(mesh))
+
+
+def local_copy(mesh: Mesh, values: PyTree) -> PyTree:
+    """Global arrays as arrays of this process, whole on each of its devices; all have to ask."""
+    sharding = replicated(local_mesh(mesh))
+    if jax.process_count() == 1:
+        return jax.device_put(values, sharding)
+
+    def one(x: jax.Array) -> jax.Array:
+        parts = {shard.device: shard.data for shard in x.addressable_shards}
+        ordered = [parts[device] for device in mesh.local_devices]
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, ordered)
+
+    return jax.tree.map(one, _gather(mesh)(values))
+
+
+def fetch(mesh: Mesh, values: PyTree) -> PyTree:
+    """Global arrays as host arrays; all processes have to ask."""
+    return jax.device_get(values if jax.process_count() == 1 else _gather(mesh)(values))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -106,6 +106,27 @@ class Writer:
             self._wandb.finish()
 
 
+class _NoWriter(Writer):
+    """Writes nothing."""
+
+    def __init__(self):
+        pass
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        pass
+
+    def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def open_writer(workdir: Path, *, active: bool, **settings: Any) -> Writer:
+    """A Writer in the process that writes, and in the others one that writes nothing."""
+    return Writer(workdir, **settings) if active else _NoWriter()
+
+
 def _start_wandb(workdir: Path, mode: str, config: Mapping[str, Any]) -> Any:
     import wandb  # only when asked: it starts a process
 

@@ -6,10 +6,8 @@ wait in `Cursor.surplus` for the next one; their older sampler is corrected for 
 weight of the loss.
 """
 
-import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,8 +19,9 @@ from prolong_jax.advantages import group_advantage, is_dead, stop_properly
 from prolong_jax.config import RolloutSettings
 from prolong_jax.data.mixture import Position
 from prolong_jax.data.prompts import Prompt
-from prolong_jax.mesh import by_rows, replicated
+from prolong_jax.mesh import by_rows, local_copy, local_mesh
 from prolong_jax.models.decoder import Model
+from prolong_jax.processes import Timer, share
 from prolong_jax.sampler import Samples, SamplingRule, generate, left_pad, sample_keys
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.types import PyTree
@@ -75,24 +74,6 @@ class Collector:
     seed: int
 
 
-class Timer:
-    """Adds up seconds per phase: `with timer("sample"): ...`."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
-
-    def take(self) -> dict[str, float]:
-        """The seconds so far, and a fresh start."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
-
-
 def cast_for_sampling(model: Model, params: PyTree) -> PyTree:
     """The weights in the dtype of the products.
 
@@ -106,9 +87,8 @@ def cast_for_sampling(model: Model, params: PyTree) -> PyTree:
 
 
 def sampling_copy(collector: Collector, params: PyTree) -> PyTree:
-    """The weights for the sampler: cast for sampling, and whole on every device."""
-    cast = cast_for_sampling(collector.model, params)
-    return jax.device_put(cast, replicated(collector.mesh))
+    """The weights for the sampler: cast for sampling, and whole on each local device."""
+    return local_copy(collector.mesh, cast_for_sampling(collector.model, params))
 
 
 def prompts_at_once(settings: RolloutSettings, group_size: int, mesh: Mesh) -> int:
@@ -127,14 +107,34 @@ def sample_groups(
     settings: RolloutSettings,
     timer: Timer,
 ) -> list[Group]:
-    """Samples a group for each prompt, `sample_rows` responses at a time.
-
-    Workers verify what is there while sampling goes on; "verify" is the time to wait for the rest.
+    """Samples a group for each prompt; every process does its share and gets all groups.
 
     Raises:
       ValueError: a prompt is longer than `max_prompt_len` tokens.
     """
-    at_once = prompts_at_once(settings, group_size, collector.mesh)
+
+    def work(mine: Sequence[Prompt]) -> list[Group]:
+        return _sample(collector, params, mine, group_size, step, rule, settings, timer)
+
+    return share(prompts, work)
+
+
+def _sample(
+    collector: Collector,
+    params: PyTree,
+    prompts: Sequence[Prompt],
+    group_size: int,
+    step: int,
+    rule: SamplingRule,
+    settings: RolloutSettings,
+    timer: Timer,
+) -> list[Group]:
+    """Samples a group for each prompt on the local devices, `sample_rows` responses at a time.
+
+    Workers verify what is there while sampling goes on; "verify" is the time to wait for the rest.
+    """
+    mesh = local_mesh(collector.mesh)
+    at_once = prompts_at_once(settings, group_size, mesh)
     groups: list[Group] = []
     for start in range(0, len(prompts), at_once):
         chunk = list(prompts[start : start + at_once])
@@ -147,7 +147,7 @@ def sample_groups(
             sample_keys(collector.seed, step, numbers, group_size),
         )
         with timer("sample"):
-            tokens_PS, valid_PS, keys_PG = jax.device_put(inputs, by_rows(collector.mesh))
+            tokens_PS, valid_PS, keys_PG = jax.device_put(inputs, by_rows(mesh))
             samples = generate(collector.model, params, tokens_PS, valid_PS, keys_PG, rule)
         for number, prompt in enumerate(chunk):
             rows = slice(number * group_size, (number + 1) * group_size)

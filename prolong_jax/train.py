@@ -7,8 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from prolong_jax import stages
+from prolong_jax import processes, stages
 from prolong_jax.checkpoint import Checkpointer
 from prolong_jax.config import (
     DOMAINS,
@@ -38,17 +36,17 @@ from prolong_jax.config import (
 from prolong_jax.data.mixture import Position, Sources, next_prompts, open_sources, record
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.evaluate import evaluate, held_out_prompts
-from prolong_jax.mesh import make_mesh
-from prolong_jax.metrics import Progress, Writer, final_table
+from prolong_jax.mesh import fetch, make_mesh
+from prolong_jax.metrics import Progress, Writer, final_table, open_writer
 from prolong_jax.models.decoder import Model, for_training
 from prolong_jax.models.hf import load_model
 from prolong_jax.optimizer import make_optimizer, opt_state_shardings
+from prolong_jax.processes import StopSignal, Timer, write_json
 from prolong_jax.report import write_report
 from prolong_jax.rollout import (
     Collector,
     Cursor,
     Group,
-    Timer,
     collect,
     conversations,
     group_from_dict,
@@ -209,6 +207,7 @@ def train(run: RunConfig, workdir: Path) -> int:
       RuntimeError: the run cannot go on (non-finite gradients, broken verifiers).
     """
     started = time.monotonic()
+    processes.start(run.mesh)
     refuse_other_workdir(run, workdir)
     mesh = make_mesh(run.mesh)
     dtype = jnp.dtype(run.model.dtype)
@@ -216,7 +215,8 @@ def train(run: RunConfig, workdir: Path) -> int:
     tokenizer = ChatTokenizer(run.model.path)
     refuse_unfit_model(run, model, tokenizer)
     sources = open_sources(run, lambda prompt: len(tokenizer.encode_chat(prompt.messages)[0]))
-    with open_pool(run.verifiers, workdir / "faults.jsonl") as pool:
+    name = "faults.jsonl" if processes.is_first() else f"faults_{jax.process_index()}.jsonl"
+    with open_pool(run.verifiers, workdir / name) as pool:
         pool.check(DOMAINS)
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", to_dict(run))
@@ -227,7 +227,8 @@ def train(run: RunConfig, workdir: Path) -> int:
         print(f"{size:.2f}M parameters from {run.model.path} on {mesh.size} {jax.devices()[0]}")
         with closing(Checkpointer(workdir / "checkpoints", run.checkpoint)) as checkpointer:
             finished = run_from(setup, initial_state(run, params), workdir, checkpointer, started)
-    print(f"report: {write_report(workdir)}")
+    if processes.is_first():
+        print(f"report: {write_report(workdir)}")
     return 0 if finished else EXIT_STOPPED
 
 
@@ -244,11 +245,12 @@ def run_from(
     if host.progress.step >= run.total_steps and (workdir / "summary.json").exists():
         print(f"this run is complete at step {host.progress.step}; raise --config.total_steps")
         return True
-    writer = Writer(
+    writer = open_writer(
         workdir,
         wandb=run.metrics.wandb,
         config=to_dict(run),
         resume_step=host.progress.step if resumed else None,
+        active=processes.is_first(),
     )
     host.wall_s += time.monotonic() - started
     with closing(writer), StopSignal() as stop, Progress(run.total_steps) as view:
@@ -266,11 +268,12 @@ def loop(
     checkpointer: Checkpointer,
     writer: Writer,
     view: Progress,
-    stop: "StopSignal",
+    stop: StopSignal,
 ) -> TrainState:
-    """Trains until the last step or a stop signal; saves in either case."""
+    """Trains until the last step or a stop signal to any process; saves in either case."""
     run, timer = setup.run, Timer()
-    while host.progress.step < run.total_steps and not stop.requested:
+    while host.progress.step < run.total_steps and not stop.agreed():
+        processes.watch(run.mesh.watchdog_s)
         begin = time.monotonic()
         if not host.base:
             print(f"scoring the base model on {len(setup.validation)} held-out prompts")
@@ -302,10 +305,11 @@ def loop(
         report_row(row, host, timer, begin, writer, view)
         shown = sampled[: run.metrics.samples_per_step]
         writer.samples(sample_rows(shown, stage_run.rollout, step))
-        if step % run.checkpoint.every == 0 or step >= run.total_steps or stop.requested:
+        if step % run.checkpoint.every == 0 or step >= run.total_steps:
             save(state, host, checkpointer)
     if host.progress.step > 0 and checkpointer.latest_step != host.progress.step:
-        save(state, host, checkpointer)  # the signal came after the last look at it
+        save(state, host, checkpointer)  # stopped by a signal
+    processes.watch(0)
     return state
 
 
@@ -374,7 +378,7 @@ def finish(setup: Setup, state: TrainState, host: Host, workdir: Path, view: Pro
         "rl_wall_s": host.rl_wall_s + seconds,
         "samples": host.samples,
         "generated_tokens": host.generated_tokens,
-        "params_sha256": params_sha256(state.params),
+        "params_sha256": params_sha256(setup.collector.mesh, state.params),
         "resets": host.resets,
         "validation": {"base": host.base, "final": final},
         "phases_s": {
@@ -386,18 +390,11 @@ def finish(setup: Setup, state: TrainState, host: Host, workdir: Path, view: Pro
     view.print(final_table(summary))
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a file that is whole at any moment."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def params_sha256(params: PyTree) -> str:
+def params_sha256(mesh: Mesh, params: PyTree) -> str:
     """Hash of the weights in the order of their names."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        digest.update(np.ascontiguousarray(fetch(mesh, leaf)).tobytes())
     return digest.hexdigest()
 
 
@@ -450,29 +447,6 @@ def initial_state(run: RunConfig, params: PyTree) -> TrainState:
     opt_shardings = opt_state_shardings(optimizer, params, shardings)
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
     return TrainState(params, jax.tree.map(jnp.copy, params), opt_state)
-
-
-class StopSignal:
-    """Notes SIGINT and SIGTERM, so that the run saves after the current step. Twice: at once."""
-
-    def __init__(self):
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        os.write(2, b"stopping after this step, then saving; once more to stop at once\n")
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

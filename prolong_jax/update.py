@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from prolong_jax.config import LossSettings
 from prolong_jax.losses import grpo_loss
 from prolong_jax.masked import divide, token_mean
-from prolong_jax.mesh import ROW_AXES, ROWS
+from prolong_jax.mesh import ROW_AXES, ROWS, put
 from prolong_jax.models.attention import Packed
 from prolong_jax.models.decoder import Model
 from prolong_jax.types import Array, Batch, Mean, PyTree, TrainState
@@ -147,7 +147,7 @@ def _write(batch: Batch, row: _Row) -> None:
 
 def put_rows(mesh: Mesh, batch: Batch) -> Batch:
     """A host batch [M, R, T] on the devices, rows split over them."""
-    return jax.device_put(batch, NamedSharding(mesh, P(None, ROW_AXES)))
+    return put(batch, NamedSharding(mesh, P(None, ROW_AXES)))
 
 
 def token_logprobs(

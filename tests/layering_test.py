@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # A name stands for the module or for a subpackage with all its modules. Imports go downwards only.
 LAYERS = (
     ("types", "config", "model_files"),
-    ("masked", "mesh", "tokenizer", "stages", "advantages", "verifiers", "roofline"),
+    ("masked", "mesh", "processes", "tokenizer", "stages", "advantages", "verifiers", "roofline"),
     ("losses", "optimizer", "models", "data"),
     ("sampler", "update", "checkpoint", "metrics"),
     ("rollout",),
@@ -42,7 +42,7 @@ PURE_LIBRARIES |= {"collections", "enum", f"{PACKAGE}.types", f"{PACKAGE}.masked
 
 # Side effects belong here; the doors to the program (layer 5) are free as well.
 EFFECTFUL = ("data", "model_files", "models.hf", "models.tensors", "checkpoint", "metrics")
-EFFECTFUL += ("verifiers.pool", "verifiers.sandbox", "verifiers.sandbox_zygote")
+EFFECTFUL += ("verifiers.pool", "verifiers.sandbox", "verifiers.sandbox_zygote", "processes")
 EFFECTFUL += LAYERS[5]
 READERS = ("config", "tokenizer")  # these read the files that the user names, and write nothing
 EFFECT_LIBRARIES = {"subprocess", "multiprocessing", "socket", "shutil", "tempfile", "signal"}
@@ -55,7 +55,7 @@ RUNS_PROGRAMS = ("verifiers.sandbox_zygote",)  # but in a process of its own
 
 CORE = "types masked losses advantages stages sampler update rollout train".split()
 MAX_CORE_LINES = 1800
-MAX_PACKAGE_LINES = 10_000
+MAX_PACKAGE_LINES = 11_500
 MAX_FUNCTION_LINES = 60
 MAX_ARGUMENTS = 8
 MAX_NESTING = 3
@@ -335,7 +335,7 @@ PLANTED = [
     ("update", WIDE, "9 arguments"),
     ("update", DEEP, "nests 4 levels"),
     ("losses", "x = 1\n" * 1801, "core files have 1801"),
-    ("evaluate", "x = 1\n" * 10001, "package has 10001"),
+    ("evaluate", "x = 1\n" * 11501, "package has 11501"),
 ]
 
 

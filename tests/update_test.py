@@ -7,10 +7,9 @@ import numpy as np
 import optax
 import pytest
 
-from prolong_jax.config import LossSettings, MeshSettings, ModelSettings, OptimizerSettings
-from prolong_jax.mesh import make_mesh, param_shardings
+from prolong_jax.config import LossSettings, MeshSettings, OptimizerSettings
+from prolong_jax.mesh import fetch, make_mesh, param_shardings, put
 from prolong_jax.models import logprobs
-from prolong_jax.models.decoder import for_training
 from prolong_jax.optimizer import make_optimizer
 from prolong_jax.train import initial_state
 from prolong_jax.types import TrainState
@@ -27,8 +26,6 @@ from tests.tiny import MODEL, random_conversations, random_params
 CONVERSATIONS = random_conversations(16)
 LOSS = LossSettings(kl_coef=0.1)
 LEARNING_RATE = 1.0
-MESH = make_mesh(MeshSettings())
-ONE_DEVICE = for_training(MODEL, MESH, ModelSettings(remat="none"))
 SGD = optax.sgd(LEARNING_RATE)  # a step is the gradient itself
 
 
@@ -43,21 +40,21 @@ def packed(conversations, rows=8, row_len=24, micro_batches=6, share_prompts=Tru
 
 
 def gradient(
-    rows=8, row_len=24, mesh=None, conversations=CONVERSATIONS, micro_batches=6, model=ONE_DEVICE
+    rows=8, row_len=24, mesh=None, conversations=CONVERSATIONS, micro_batches=6, model=MODEL
 ):
     """The gradient that an update applies, read off an SGD step, and the step's metrics."""
-    mesh = mesh or MESH
+    mesh = mesh or make_mesh(MeshSettings())
     model = replace(model, mesh=mesh)
-    params = jax.device_put(random_params(1), param_shardings(mesh, MODEL.shapes()))
-    ref_params = jax.device_put(random_params(2), param_shardings(mesh, MODEL.shapes()))
-    before = jax.device_get(params)
+    before, shardings = jax.device_get(random_params(1)), param_shardings(mesh, MODEL.shapes())
+    params, ref_params = put(before, shardings), put(random_params(2), shardings)
     state = TrainState(params, ref_params, SGD.init(params))
     batch, used = packed(conversations, rows, row_len, micro_batches, model.shares_prompts)
     batch = make_score(model, 0.9)(state, put_rows(mesh, batch), used)
     # Pretend that the old policy was another one, so that ratios and clipping matter.
     batch = replace(batch, old_logp=batch.old_logp - 0.3 * batch.advantage)
     state, metrics = make_update(model, SGD, mesh, LOSS, 0.9)(state, batch, used)
-    delta = jax.tree.map(lambda a, b: (a - b) / LEARNING_RATE, before, jax.device_get(state.params))
+    after = fetch(mesh, state.params)
+    delta = jax.tree.map(lambda a, b: (a - b) / LEARNING_RATE, before, after)
     return delta, jax.device_get(metrics)
 
 
@@ -95,7 +92,7 @@ def test_meshes_do_not_change_the_gradient(reference, shape):
 )
 def test_remat_and_attention_do_not_change_the_gradient(reference, settings):
     """Splash attention wants rows without shared prompts."""
-    delta, metrics = gradient(model=replace(ONE_DEVICE, **settings), row_len=32)
+    delta, metrics = gradient(model=replace(MODEL, **settings), row_len=32)
     assert_same(reference[0], delta)
     for name, value in reference[1].items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
@@ -153,12 +150,12 @@ def test_gradient_is_that_of_the_written_formula(reference):
     np.testing.assert_allclose(reference[1]["update/loss"], value, rtol=1e-5)
 
 
-scorer = functools.cache(functools.partial(make_score, ONE_DEVICE))  # compiled once per temperature
+scorer = functools.cache(functools.partial(make_score, MODEL))  # compiled once per temperature
 
 
 @functools.cache
 def updater(optimizer, temperature):
-    return make_update(ONE_DEVICE, optimizer, make_mesh(MeshSettings()), LOSS, temperature)
+    return make_update(MODEL, optimizer, make_mesh(MeshSettings()), LOSS, temperature)
 
 
 @functools.cache

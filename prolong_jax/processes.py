@@ -1,0 +1,184 @@
+"""The processes of a run: start, what they agree on, signals, the watchdog, times and files.
+
+Every process runs the same program in the same order. What happens on one alone (a signal, the
+samples of its share of the prompts, an error among them) is exchanged before it decides anything.
+"""
+
+import faulthandler
+import json
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from prolong_jax.config import MeshSettings
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+START_LIMIT_S = 300  # for all processes to be there
+END_LIMIT_S = 60  # for all processes to be done, once one is
+
+
+def start(settings: MeshSettings) -> None:
+    """Joins the other processes, where the settings name any; before any device is touched.
+
+    From then on, what is printed by other processes than the first goes nowhere.
+
+    Raises:
+      ValueError: the processes do not find each other.
+    """
+    where = settings.coordinator
+    if not where or jax.distributed.is_initialized():
+        return
+    given: dict[str, Any] = {}
+    if where != "auto":
+        # Without detection: under Slurm, it would leave a process only one of its devices.
+        given = {"coordinator_address": where, "cluster_detection_method": "deactivate"}
+        given |= {"num_processes": settings.num_processes, "process_id": settings.process_id}
+        # JAX kills a process that waits in vain, so what it waits for is said before.
+        here, count = settings.process_id, settings.num_processes
+        print(f"process {here} of {count} joins the others at {where}", file=sys.stderr, flush=True)
+    try:
+        if settings.process_id > 0 and where != "auto":
+            _await_listener(where)
+        jax.distributed.initialize(
+            **given,
+            initialization_timeout=START_LIMIT_S,
+            shutdown_timeout_seconds=END_LIMIT_S,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(
+            f"mesh.coordinator: the processes of this run did not find each other at {where!r} "
+            f"({' '.join(str(error).split())}); start all of them, with the same address and "
+            "number, or set 'auto' on a TPU pod, GKE or Slurm."
+        ) from error
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+
+
+def _await_listener(address: str) -> None:
+    """Raises OSError where nobody listens at host:port within the limit."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + START_LIMIT_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
+
+
+def is_first() -> bool:
+    """Whether this process prints and writes files."""
+    return jax.process_index() == 0
+
+
+def exchange(value: T) -> list[T]:
+    """The value of each process, on all of them, in their order."""
+    count = jax.process_count()
+    if count == 1:
+        return [value]
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data))).reshape(count)
+    room = 1 << int(sizes.max() - 1).bit_length()  # few sizes, few compilations
+    rows = multihost_utils.process_allgather(np.pad(data, (0, room - len(data))))
+    rows = rows.reshape(count, room)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def share(items: Sequence[T], work: Callable[[Sequence[T]], Sequence[U]]) -> list[U]:
+    """Deals the items to the processes; each works on its own, and all get the results in order.
+
+    Raises:
+      ValueError, RuntimeError: what the work raises in any process, in all of them.
+    """
+    count, done, failure = jax.process_count(), [], None
+    try:
+        done = list(work(items[jax.process_index() :: count]))
+    except (ValueError, RuntimeError) as error:
+        failure = error
+    parts = exchange((done, None if failure is None else (type(failure), str(failure))))
+    if failure is not None:
+        raise failure
+    for _, fault in parts:
+        if fault is not None:
+            kind, message = fault
+            raise (ValueError if issubclass(kind, ValueError) else RuntimeError)(message)
+    return [parts[i % count][0][i // count] for i in range(len(items))]
+
+
+class StopSignal:
+    """Notes SIGINT and SIGTERM, so that the run saves after the current step. Twice: at once."""
+
+    def __init__(self):
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def agreed(self) -> bool:
+        """Whether any process got one; every process has to ask."""
+        return any(exchange(self.requested))
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        os.write(2, b"stopping after this step, then saving; once more to stop at once\n")
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def watch(limit_s: float) -> None:
+    """Starts a step's clock: when it passes `limit_s`, the stacks of all threads go to stderr.
+
+    The run goes on, and the next call starts the clock anew; 0 stops it.
+    """
+    if limit_s > 0:
+        faulthandler.dump_traceback_later(limit_s, file=sys.__stderr__ or 2)
+    else:
+        faulthandler.cancel_dump_traceback_later()
+
+
+class Timer:
+    """Adds up seconds per phase: `with timer("sample"): ...`."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
+
+    def take(self) -> dict[str, float]:
+        """The seconds so far, and a fresh start."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a file that is whole at any moment; the first process does."""
+    if is_first():
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.replace(path)

@@ -1,0 +1,214 @@
+"""Two processes with two virtual CPU devices each, against one process with four."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from prolong_jax import processes, train
+from prolong_jax.mesh import make_mesh
+from prolong_jax.metrics import read_rows
+from tests import train_test
+from tests.process_worker import MESH
+from tests.update_test import gradient
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+@contextmanager
+def pair(module, logs, arguments):
+    """Two processes of `python -m module`, each with `arguments(address, number)`; killed after."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    running = []
+    try:
+        for number in (0, 1):
+            with open(logs / f"{number}.log", "wb") as log:
+                command = [sys.executable, "-m", module, *arguments(address, number)]
+                running.append(
+                    subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT, cwd=ROOT)
+                )
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def finish(running, logs, code=0, limit_s=400):
+    deadline = time.monotonic() + limit_s
+    codes = [process.wait(max(0.0, deadline - time.monotonic())) for process in running]
+    assert codes == [code, code], "\n".join(said(logs))
+
+
+def said(logs):
+    return [(logs / f"{number}.log").read_text() for number in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """What the two workers wrote."""
+    out = tmp_path_factory.mktemp("work")
+    with pair("tests.process_worker", out, lambda a, i: [a, "2", str(i), str(out)]) as running:
+        finish(running, out)
+    return out
+
+
+def test_processes_share_work_and_agree(work):
+    for number in (0, 1):
+        assert json.loads((work / f"{number}.json").read_text()) == {
+            "devices": 4,
+            "local": 2,
+            "shares": [[0, 1, 4, 9, 16], "13 is refused"],
+            "stops": True,
+        }
+    assert ["only the first says this" in text for text in said(work)] == [True, False]
+
+
+def test_two_processes_update_like_one(work):
+    """The gradient of two processes is that of one; dividing by the local weight would show."""
+    delta, _ = gradient(mesh=make_mesh(MESH))
+    expected = np.asarray(ravel_pytree(delta)[0])
+    for number in (0, 1):
+        found = np.load(work / f"{number}.npz")
+        distance = {
+            name: np.linalg.norm(found[name] - expected) / np.linalg.norm(expected)
+            for name in ("right", "planted")
+        }
+        assert distance["right"] <= 1e-5 and distance["planted"] > 1e-2, distance
+
+
+def test_one_process_shares_with_nobody():
+    assert processes.share([3, 1], lambda items: [-i for i in items]) == [-3, -1]
+    assert processes.exchange("x") == ["x"]
+
+
+SETTINGS = {
+    "total_steps": 2,
+    "rollout__prompts_per_step": 4,
+    "rollout__group_size": 4,
+    "update__num_minibatches": 1,
+    "update__micro_batch_rows": 4,
+    "validation__samples": 4,  # of the shape of the training's samples: one compilation
+    "validation__final_samples": 4,
+    "validation__every": 100,
+    "verifiers__num_workers": 1,
+    "mesh__data": 2,
+    "mesh__fsdp": 2,
+    "stages": [{"mixture": {"math": 1.0, "logic": 1.0}}],
+}
+
+
+def run_of(workdir, **changes):
+    """The arguments of each process of a run."""
+
+    def arguments(address, number):
+        place = {"coordinator": address, "num_processes": 2, "process_id": number}
+        places = {f"mesh__{key}": value for key, value in place.items()}
+        return train_test.arguments(workdir, **SETTINGS | places | changes)
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run in one process."""
+    workdir = tmp_path_factory.mktemp("alone")
+    assert train.main(train_test.arguments(workdir, **SETTINGS)) == 0
+    return workdir
+
+
+def assert_same_run(workdir, alone):
+    ours, theirs = (read_rows(w / "metrics.jsonl") for w in (workdir, alone))
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    exact = re.compile("reward|groups|response|tokens/generated|validation|stage")
+    for mine, other in zip(ours, theirs, strict=True):
+        for name, value in other.items():
+            if exact.match(name):
+                assert mine[name] == value, (mine["step"], name)
+            elif name.startswith("update"):
+                np.testing.assert_allclose(mine[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+    samples = [read_rows(w / "samples.jsonl") for w in (workdir, alone)]
+    assert samples[0] == samples[1]
+    names = [{path.name for path in w.iterdir()} for w in (workdir, alone)]
+    assert names[0] == names[1]  # the second process has left nothing
+
+
+@pytest.mark.slow
+def test_two_processes_run_like_one(tmp_path, alone):
+    """The same samples, scores and kept groups; losses within rounding; one writer."""
+    workdir = tmp_path / "run"
+    with pair("prolong_jax.train", tmp_path, run_of(workdir)) as running:
+        finish(running, tmp_path)
+    assert_same_run(workdir, alone)
+    first, second = said(tmp_path)
+    assert "step 2/2" in first and "step" not in second
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(tmp_path, alone):
+    """Saved by two processes after a SIGTERM to the second, continued by one."""
+    workdir = tmp_path / "run"
+    with pair("prolong_jax.train", tmp_path, run_of(workdir, mesh__watchdog_s=0.5)) as running:
+        deadline = time.monotonic() + 400
+        while time.monotonic() < deadline and "scoring the base" not in said(tmp_path)[0]:
+            time.sleep(0.05)
+        running[1].send_signal(signal.SIGTERM)
+        finish(running, tmp_path, code=train.EXIT_STOPPED)
+    assert ["stopping after this step" in text for text in said(tmp_path)] == [False, True]
+    assert all("Timeout (0:00:00.500000)!" in text for text in said(tmp_path))
+    assert [row["step"] for row in read_rows(workdir / "metrics.jsonl")] == [0, 1]
+    assert (workdir / "checkpoints" / "1").is_dir()
+    assert train.main(train_test.arguments(workdir, **SETTINGS)) == 0
+    assert_same_run(workdir, alone)
+
+
+def run_code(code):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
+
+
+def test_the_watchdog_dumps_stacks_and_the_run_goes_on():
+    result = run_code(
+        "import time\nfrom prolong_jax import processes\n"
+        "def stuck_step(seconds): time.sleep(seconds)\n"
+        "processes.watch(0.2); stuck_step(0.6)\n"
+        "processes.watch(0.2); processes.watch(0); stuck_step(0.6)\nprint('went on')\n"
+    )
+    assert result.returncode == 0 and result.stdout == "went on\n"
+    assert result.stderr.count("Timeout (0:00:00.200000)!") == 1
+    assert "in stuck_step" in result.stderr
+
+
+START = """
+from prolong_jax import processes
+from prolong_jax.config import MeshSettings
+processes.START_LIMIT_S = 2
+try:
+    processes.start(MeshSettings(coordinator={where!r}, num_processes=2, process_id=1))
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("where", ["127.0.0.1:9", "auto"])
+def test_processes_that_do_not_find_each_other_are_refused(where):
+    result = run_code(START.format(where=where))
+    assert f"did not find each other at '{where}'" in result.stdout, result
+    assert result.stdout.count("\n") == 1
