@@ -140,7 +140,9 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        os.write(2, b"stopping after this step, then saving; once more to stop at once\n")
+        os.write(
+            2, b"stopping after the next finished step, then saving; once more to stop at once\n"
+        )
 
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():

@@ -33,15 +33,15 @@ class ChatTokenizer:
                 f"model.path: no usable tokenizer in {str(directory)!r} "
                 f"({str(error).splitlines()[0]}); add its tokenizer files."
             ) from error
-        if not self._tokenizer.chat_template:
-            raise ValueError(
-                f"model.path: the tokenizer in {str(directory)!r} has no chat template; "
-                "add one to its tokenizer_config.json."
-            )
         if not self._tokenizer.encode("1 + 2", add_special_tokens=False):
             raise ValueError(
                 f"model.path: the tokenizer in {str(directory)!r} has an empty vocabulary; add its "
                 "tokenizer.json or tokenizer.model."
+            )
+        if not self._tokenizer.chat_template:
+            raise ValueError(
+                f"model.path: the tokenizer in {str(directory)!r} has no chat template; "
+                "add one to its tokenizer_config.json."
             )
         self.stop_ids = self._read_stop_ids(directory)
         pad = self._tokenizer.pad_token_id

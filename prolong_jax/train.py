@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -229,6 +230,8 @@ def train(run: RunConfig, workdir: Path) -> int:
             finished = run_from(setup, initial_state(run, params), workdir, checkpointer, started)
     if processes.is_first():
         print(f"report: {write_report(workdir)}")
+    if not finished:
+        print("stopped and saved; the same command continues this run")
     return 0 if finished else EXIT_STOPPED
 
 
@@ -412,9 +415,14 @@ def refuse_lost_run(host: Host, run: RunConfig, checkpointer: Checkpointer) -> N
 
 
 def refuse_other_workdir(run: RunConfig, workdir: Path) -> None:
-    """Raises ValueError where the workdir holds something else than this run."""
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"--workdir: {str(workdir)!r} is a file; give a directory.")
+    """Raises ValueError where the workdir cannot be made, or holds something else than this run."""
+    parent = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise ValueError(f"--workdir: {str(parent)!r} is a file; give a directory.")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(
+            f"--workdir: {str(parent)!r} cannot be written to; give another directory."
+        )
     saved = workdir / "config.json"
     if saved.exists():
         try:

@@ -1,8 +1,9 @@
 """Values passed between the stages of one training step.
 
 Dimension key, used as suffix of array names everywhere in the package:
-B responses, G group, P prompts, T tokens, S cache slots of a row, D width, H query heads,
-K kv heads, C channels per head, F feed-forward, V vocabulary, N layers.
+B responses (in a `Batch`: packed rows, each of several), M micro-batches, R rows of one, G group,
+P prompts, T tokens, S cache slots of a row, D width, H query heads, K kv heads, C channels per
+head, F feed-forward, V vocabulary, N layers.
 """
 
 from dataclasses import dataclass

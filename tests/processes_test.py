@@ -171,7 +171,7 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(tmp_path, alone)
             time.sleep(0.05)
         running[1].send_signal(signal.SIGTERM)
         finish(running, tmp_path, code=train.EXIT_STOPPED)
-    assert ["stopping after this step" in text for text in said(tmp_path)] == [False, True]
+    assert ["stopping after the next" in text for text in said(tmp_path)] == [False, True]
     assert all("Timeout (0:00:00.500000)!" in text for text in said(tmp_path))
     assert [row["step"] for row in read_rows(workdir / "metrics.jsonl")] == [0, 1]
     assert (workdir / "checkpoints" / "1").is_dir()

@@ -251,6 +251,7 @@ def test_bad_command_lines_are_refused(capsys, tmp_path, whole):
     file = tmp_path / "file"
     file.write_text("")
     assert "is a file; give a directory" in refusal(capsys, [config, f"--workdir={file}"])
+    assert "is a file; give a directory" in refusal(capsys, [config, f"--workdir={file}/run"])
 
 
 def edited_model(tmp_path, **changes):
