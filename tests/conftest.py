@@ -1,17 +1,27 @@
 """Set-up of the test session, before any test module imports jax."""
 
 import os
+import shutil
+import tempfile
 
 # Shapes and dtypes of these pure modules are checked on every call. The others are left alone:
 # their checks would be traced into every compiled program.
 SHAPE_CHECKED = ["prolong_jax.masked", "prolong_jax.losses", "prolong_jax.advantages"]
 
 
-def pytest_configure():
-    """Eight virtual CPU devices and no network, unless the caller has set otherwise."""
+def pytest_configure(config):
+    """Eight virtual CPU devices and no network, unless the caller has set otherwise.
+
+    Runs that a test starts in processes of their own compile the same programs: they share a cache.
+    """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("WANDB_MODE", "offline")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = tempfile.mkdtemp(prefix="prolong-jax-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
@@ -23,5 +33,5 @@ def pytest_configure():
 
 def pytest_collection_modifyitems(items):
     """The longest files come first, so that both workers end at about the same time."""
-    long = ["train_test.py", "update_test.py", "learning_test.py"]
+    long = ["train_test.py", "update_test.py", "learning_test.py", "processes_test.py"]
     items.sort(key=lambda i: long.index(i.path.name) if i.path.name in long else len(long))
