@@ -78,7 +78,7 @@ def test_micro_batches_do_not_change_the_gradient(reference, rows, micro_batches
 
 
 @pytest.mark.parametrize(
-    "shape", [(8, 1, 1), (1, 8, 1), (4, 2, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4)]
+    "shape", [(8, 1, 1), (4, 2, 1), (1, 4, 2), (1, 2, 4)]
 )
 def test_meshes_do_not_change_the_gradient(reference, shape):
     delta, metrics = gradient(mesh=make_mesh(MeshSettings(*shape)))
