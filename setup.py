@@ -49,7 +49,11 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     # Compilers for compile_check, on a machine without the accelerator.
     "tpu-compile": ["jax[tpu]"],
-    "cuda-compile": ["jax[cuda12-local]", "nvidia-cuda-nvcc-cu12>=12.6"],
+    "cuda-compile": [
+        "jax[cuda12-local]",
+        "nvidia-cuda-nvcc-cu12>=12.6",
+        "nvidia-cudnn-cu12>=9.8,<10",
+    ],
     # torch is left out for its size; the tests that compare with it skip where it is missing.
     "dev": [
         "beartype>=0.22.2",

@@ -80,11 +80,11 @@ def target_devices(topology: str) -> list[Any]:
         )
     wheels, extra = (("libtpu",), "tpu-compile")
     if kind in GPUS:
-        wheels, extra = ("jax_cuda12_plugin", "nvidia"), "cuda-compile"
-    missing = [name for name in wheels if importlib.util.find_spec(name) is None]
+        wheels, extra = ("jax_cuda12_plugin", "nvidia", "nvidia.cudnn"), "cuda-compile"
+    missing = next((name for name in wheels if importlib.util.find_spec(name) is None), "")
     if missing:
         raise ValueError(
-            f"--topology: {topology} needs the package {missing[0]}, which is not installed; "
+            f"--topology: {topology} needs the package {missing}, which is not installed; "
             f"pip install -c constraints.txt -e '.[{extra}]'."
         )
     jax.config.update("jax_platforms", "cpu")  # the host's own accelerators are left alone

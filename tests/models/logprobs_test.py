@@ -54,9 +54,7 @@ def test_blocks_and_chunks_do_not_change_values_or_gradients(monkeypatch, block,
     assert_close(values_and_gradients(token_logprobs, *inputs()), expected)
 
 
-@pytest.mark.parametrize(
-    "shape", [(4, 2, 1), (1, 2, 4), (1, 4, 2)]
-)
+@pytest.mark.parametrize("shape", [(4, 2, 1), (1, 2, 4), (1, 4, 2)])
 def test_meshes_do_not_change_values_or_gradients(monkeypatch, shape):
     monkeypatch.setattr(logprobs, "VOCAB_BLOCK", 7)
     monkeypatch.setattr(logprobs, "TOKEN_CHUNK", 8)
