@@ -151,12 +151,12 @@ def put_rows(mesh: Mesh, batch: Batch) -> Batch:
 
 
 def token_logprobs(
-    model: Model, params: PyTree, rows: Batch, temperature: float
+    model: Model, params: PyTree, rows: Batch, temperature: float, grads: PyTree | None = None
 ) -> tuple[Array, Array]:
     """Log-probability and entropy f32 [B, T] of the response tokens, at the sampler's temperature."""
     seen = Packed(rows.segments, rows.prompts)
     hidden_BTD, _ = model.hidden(params, rows.tokens, rows.positions, seen)
-    return model.token_logprobs(params, hidden_BTD, rows.tokens, rows.mask, temperature)
+    return model.token_logprobs(params, hidden_BTD, rows.tokens, rows.mask, temperature, grads)
 
 
 def _micro_batch(batch: Batch, index: Array) -> Batch:
@@ -212,20 +212,26 @@ def make_update(
 
     global_sums = jax.shard_map(local_sums, mesh=mesh, in_specs=ROWS, out_specs=P())
 
-    def objective(params: PyTree, rows: Batch) -> tuple[Array, tuple[Mean, dict[str, Mean]]]:
-        logp_BT, entropy_BT = token_logprobs(model, params, rows, temperature)
+    def objective(params: PyTree, rows: Batch, grads: PyTree):
+        logp_BT, entropy_BT = token_logprobs(model, params, rows, temperature, grads)
         total, statistics = global_sums(logp_BT, jax.lax.stop_gradient(entropy_BT), rows)
         return total.total, (total, statistics)
 
     gradient = jax.grad(objective, has_aux=True)
 
     def update(state: TrainState, batch: Batch, num_micro_batches: Array):
-        def add(index, sums):
-            return jax.tree.map(jnp.add, sums, gradient(state.params, _micro_batch(batch, index)))
+        def zeros(tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
 
-        shapes = jax.eval_shape(gradient, state.params, _micro_batch(batch, jnp.int32(0)))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        grads, (total, statistics) = jax.lax.fori_loop(0, num_micro_batches, add, zeros)
+        def added(index, sums):
+            grads, means = sums
+            found = gradient(state.params, _micro_batch(batch, index), grads)
+            grads = grads | {model.head_name: zeros(grads[model.head_name])}  # in `found` already
+            return jax.tree.map(jnp.add, (grads, means), found)
+
+        first = _micro_batch(batch, jnp.int32(0))
+        start = zeros(jax.eval_shape(gradient, state.params, first, state.params))
+        grads, (total, statistics) = jax.lax.fori_loop(0, num_micro_batches, added, start)
         grads = jax.tree.map(lambda g: g / jnp.maximum(total.weight, 1.0), grads)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -86,6 +86,13 @@ BUGS = (
         "tests/update_test.py",
     ),
     Bug(
+        "gradient of the head added twice",
+        "prolong_jax/update.py",
+        "grads = grads | {model.head_name: zeros(grads[model.head_name])}",
+        "pass",
+        "tests/update_test.py",
+    ),
+    Bug(
         "responses of a row see each other",
         "prolong_jax/models/attention.py",
         "(visible & (same | prompt))",

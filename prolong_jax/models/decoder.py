@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from prolong_jax.config import ModelSettings
 from prolong_jax.mesh import ROW_AXES, constrain, gather, weight_spec
 from prolong_jax.models.attention import Packed, attend, attend_packed, backend_for
-from prolong_jax.models.logprobs import token_logprobs
+from prolong_jax.models.logprobs import add_head_gradient, token_logprobs
 from prolong_jax.models.rope import RopeScaling, rotate
 from prolong_jax.types import Array, PyTree
 
@@ -198,6 +198,11 @@ class Model:
         """Whether responses of a packed row may see a prompt outside their own segment."""
         return self.attention != "splash"
 
+    @property
+    def head_name(self) -> str:
+        """Which of the parameters the output embedding is."""
+        return "embed" if self.config.tied_head else "head"
+
     @cached_property
     def _split(self):
         return nnx.split(nnx.eval_shape(lambda: Decoder(self.config, self.dtype, rngs=nnx.Rngs(0))))
@@ -248,9 +253,16 @@ class Model:
         tokens_BT: Array,
         mask_BT: Array,
         temperature: float,
+        grads: PyTree | None = None,
     ) -> tuple[Array, Array]:
-        """Log-probability and entropy of tokens 1 ... T - 1; see `logprobs.token_logprobs`."""
+        """Log-probability and entropy of tokens 1 ... T - 1; see `logprobs.token_logprobs`.
+
+        The gradient of `params[head_name]` comes out with that in `grads` added to it, if given.
+        """
         head_DV = self._bind(params).head_DV()
+        if grads is not None:
+            grad_DV = self._bind(grads).head_DV()
+            head_DV, hidden_BTD = add_head_gradient(head_DV, hidden_BTD, grad_DV)
         return token_logprobs(hidden_BTD, head_DV, tokens_BT, mask_BT, temperature, self.mesh)
 
 

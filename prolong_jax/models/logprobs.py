@@ -202,3 +202,25 @@ def _backward(temperature, mesh, saved, cotangents):
 
 
 _token_logprobs.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def add_head_gradient(head_DV: Array, hidden_BTD: Array, grad_DV: Array) -> tuple[Array, Array]:
+    """Head and hidden states as they are; the gradient of the head starts from `grad_DV`.
+
+    Backward, the sum is ready before the layers have their turn. Added up outside, the gradient of
+    this micro-batch would be kept beside the sum until all layers are done.
+    """
+    return head_DV, hidden_BTD
+
+
+def _add_forward(head_DV, hidden_BTD, grad_DV):
+    return (head_DV, hidden_BTD), grad_DV
+
+
+def _add_backward(grad_DV, cotangents):
+    d_head_DV, d_hidden_BTD = cotangents
+    return *jax.lax.optimization_barrier((d_head_DV + grad_DV, d_hidden_BTD)), None
+
+
+add_head_gradient.defvjp(_add_forward, _add_backward)
