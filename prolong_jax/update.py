@@ -159,6 +159,10 @@ def token_logprobs(
     return model.token_logprobs(params, hidden_BTD, rows.tokens, rows.mask, temperature, grads)
 
 
+def _zeros(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
+
 def _micro_batch(batch: Batch, index: Array) -> Batch:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batch)
 
@@ -220,17 +224,14 @@ def make_update(
     gradient = jax.grad(objective, has_aux=True)
 
     def update(state: TrainState, batch: Batch, num_micro_batches: Array):
-        def zeros(tree: PyTree) -> PyTree:
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-
         def added(index, sums):
             grads, means = sums
             found = gradient(state.params, _micro_batch(batch, index), grads)
-            grads = grads | {model.head_name: zeros(grads[model.head_name])}  # in `found` already
+            grads = grads | {model.head_name: _zeros(grads[model.head_name])}  # in `found` already
             return jax.tree.map(jnp.add, (grads, means), found)
 
         first = _micro_batch(batch, jnp.int32(0))
-        start = zeros(jax.eval_shape(gradient, state.params, first, state.params))
+        start = _zeros(jax.eval_shape(gradient, state.params, first, state.params))
         grads, (total, statistics) = jax.lax.fori_loop(0, num_micro_batches, added, start)
         grads = jax.tree.map(lambda g: g / jnp.maximum(total.weight, 1.0), grads)
         norm = optax.tree.norm(grads)

@@ -88,7 +88,7 @@ BUGS = (
     Bug(
         "gradient of the head added twice",
         "prolong_jax/update.py",
-        "grads = grads | {model.head_name: zeros(grads[model.head_name])}",
+        "grads = grads | {model.head_name: _zeros(grads[model.head_name])}",
         "pass",
         "tests/update_test.py",
     ),
