@@ -146,12 +146,17 @@ def fit_mesh(run: RunConfig, count: int) -> RunConfig:
 
 
 def model_of(run: RunConfig) -> Model:
-    """The run's model; its shape from `model.shape` where `model.path` is no local directory."""
-    local = Path(run.model.path).is_dir()
-    return Model(
-        read_config(run.model.path if local or not run.model.shape else run.model.shape),
-        jnp.dtype(run.model.dtype),
-    )
+    """The run's model; its shape from `model.shape` where `model.path` is no local directory.
+
+    Raises:
+      ValueError: no such shape, or one that is not supported.
+    """
+    source = run.model.path
+    if run.model.shape and not Path(source).is_dir():
+        source = run.model.shape
+        if source.endswith(".json") and not Path(source).is_file():
+            raise ValueError(f"model.shape: there is no file {source}; give that of a config.json.")
+    return Model(read_config(source), jnp.dtype(run.model.dtype))
 
 
 def programs(run: RunConfig, mesh: Mesh, model: Model, only: Sequence[str]) -> Iterator[Program]:

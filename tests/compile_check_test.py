@@ -83,6 +83,11 @@ def test_shape_of_the_first_real_configuration():
     assert (run.update.row_len, run.rollout.group_size) == (16384, 16)
 
 
+def test_a_shape_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"model\.shape: there is no file .*nowhere\.json"):
+        model_of(load(REAL, ["model.shape=shapes/nowhere.json"]))
+
+
 def test_formula_agrees_with_the_traced_products():
     B, T = 3, 7
     tokens = jnp.zeros((B, T), jnp.int32)

@@ -60,8 +60,6 @@ def read_config(directory: str | Path) -> ModelConfig:
       ValueError: no such file, another architecture, or a setting that is not supported.
     """
     path = Path(directory)
-    if path.suffix == ".json" and not path.is_file():
-        raise ValueError(f"model.shape: there is no file {path}; give the path of a config.json.")
     if path.suffix != ".json":
         path = local_directory(directory, weights=False) / "config.json"
     if not path.is_file():

@@ -304,11 +304,6 @@ def load(directory):
     return load_params(directory, Model(read_config(directory)))
 
 
-def test_a_shape_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match=r"model\.shape: there is no file .*nowhere\.json"):
-        read_config("shapes/nowhere.json")
-
-
 def test_broken_files_are_refused(copy, tmp_path):
     weights = copy / "model.safetensors"
     whole = weights.read_bytes()
