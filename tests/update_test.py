@@ -77,7 +77,9 @@ def test_micro_batches_do_not_change_the_gradient(reference, rows, micro_batches
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (4, 2, 1), (1, 4, 2), (1, 2, 4)])
+@pytest.mark.parametrize(
+    "shape", [(8, 1, 1), (1, 8, 1), (4, 2, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4)]
+)
 def test_meshes_do_not_change_the_gradient(reference, shape):
     delta, metrics = gradient(mesh=make_mesh(MeshSettings(*shape)))
     assert_same(reference[0], delta)

@@ -46,7 +46,7 @@ def assert_close(left, right, atol=2e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=1e-4), left, right)
 
 
-@pytest.mark.parametrize("block, chunk", [(64, 64), (16, 5), (13, 4)])
+@pytest.mark.parametrize("block, chunk", [(64, 64), (40, 21), (16, 5), (7, 8), (13, 4)])
 def test_blocks_and_chunks_do_not_change_values_or_gradients(monkeypatch, block, chunk):
     monkeypatch.setattr(logprobs, "VOCAB_BLOCK", block)
     monkeypatch.setattr(logprobs, "TOKEN_CHUNK", chunk)
@@ -54,7 +54,9 @@ def test_blocks_and_chunks_do_not_change_values_or_gradients(monkeypatch, block,
     assert_close(values_and_gradients(token_logprobs, *inputs()), expected)
 
 
-@pytest.mark.parametrize("shape", [(4, 2, 1), (1, 2, 4), (1, 4, 2)])
+@pytest.mark.parametrize(
+    "shape", [(8, 1, 1), (1, 8, 1), (4, 2, 1), (2, 1, 4), (1, 2, 4), (1, 4, 2)]
+)
 def test_meshes_do_not_change_values_or_gradients(monkeypatch, shape):
     monkeypatch.setattr(logprobs, "VOCAB_BLOCK", 7)
     monkeypatch.setattr(logprobs, "TOKEN_CHUNK", 8)
