@@ -53,11 +53,14 @@ class RolloutSettings:
     prompts_per_step: int = 256  # live groups wanted for one step
     group_size: int = 16  # responses per prompt
     temperature: float = 1.2
-    max_prompt_len: int = 1024  # tokens; longer prompts are refused
+    max_prompt_len: int = 1024  # tokens
+    long_prompts: str = "refuse"  # what to do with longer ones: refuse, or truncate their beginning
     max_response_len: int = 7072  # tokens
     dynamic_sampling: bool = True  # drop groups whose raw rewards are all equal, and draw more
     max_sampling_rounds: int = 4  # rounds of prompts_per_step prompts, at most
+    stop_strings: tuple[str, ...] = ()  # that end a response, beside the model's stop tokens
     sample_rows: int = 256  # responses that a process samples at once; bounds its KV cache
+    cache_lens: int = 8  # sizes of the KV cache: more of them compile longer and read less in vain
     stop_properly: float = 1.0  # factor on the reward of unterminated responses; < 0 replaces it
 
 
@@ -97,6 +100,8 @@ class ValidationSettings:
     final_samples: int = 16  # responses per prompt for the base and the final policy
     temperature: float = 0.6
     top_p: float = 0.95
+    top_k: int = 0  # 0: all tokens
+    min_p: float = 0.0
     seed: int = 7  # of the held-out prompts
 
 
@@ -335,6 +340,7 @@ def check(run: RunConfig) -> None:
         ("model.attention", run.model.attention, ("auto", "xla", "splash", "cudnn")),
         ("model.remat", run.model.remat, ("none", "dots", "layer")),
         ("metrics.wandb", run.metrics.wandb, ("off", "offline", "online")),
+        ("rollout.long_prompts", run.rollout.long_prompts, ("refuse", "truncate")),
     ):
         expected = f"{', '.join(known[:-1])} or {known[-1]}"
         _require(value in known, f"{name!r} must be {expected}, got {value!r}.")
@@ -352,6 +358,11 @@ def check(run: RunConfig) -> None:
             source.weight >= 0,
             f"'data.sources.{name}.weight' must be 0 or more, got {source.weight}.",
         )
+    _require(
+        run.validation.top_k >= 0 and 0 <= run.validation.min_p < 1 and run.validation.top_p <= 1,
+        f"'validation.top_k' must be 0 or more, 'validation.min_p' in [0, 1) and 'validation.top_p' "
+        f"in (0, 1], got {run.validation.top_k}, {run.validation.min_p} and {run.validation.top_p}.",
+    )
     _check_processes(run.mesh)
     for index, stage in enumerate(run.stages):
         _check_positive(for_stage(run, index))
@@ -402,6 +413,7 @@ def _check_positive(run: RunConfig) -> None:
         "rollout.max_sampling_rounds": rollout.max_sampling_rounds,
         "rollout.max_response_len": rollout.max_response_len,
         "rollout.max_prompt_len": rollout.max_prompt_len,
+        "rollout.cache_lens": rollout.cache_lens,
         "rollout.temperature": rollout.temperature,
         "loss.tis_cap": loss.tis_cap,
         "update.max_skipped": update.max_skipped,

@@ -15,11 +15,12 @@ import numpy as np
 from prolong_jax.config import DOMAINS, LEVELS, RunConfig, parse
 from prolong_jax.data.procedural import validation_prompts
 from prolong_jax.data.prompts import Prompt
+from prolong_jax.groups import Group
 from prolong_jax.mesh import make_mesh
 from prolong_jax.models.hf import load_model
+from prolong_jax.next_token import SamplingRule
 from prolong_jax.processes import Timer, start
-from prolong_jax.rollout import Collector, Group, sample_groups, sampling_copy
-from prolong_jax.sampler import SamplingRule
+from prolong_jax.rollout import Collector, Plan, sample_groups, sampling_copy
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.types import PyTree
 from prolong_jax.verifiers.pool import open_pool
@@ -64,14 +65,16 @@ def evaluate(
     Returns:
       For each name in SUBSETS: {"avg_at_k", "k", "ci95": [low, high], "pass_at_k"}; and the groups.
     """
+    settings = run.validation
     rule = SamplingRule(
-        max_len=run.rollout.max_response_len,
         stop_ids=collector.tokenizer.stop_ids,
-        pad_id=collector.tokenizer.pad_id,
-        temperature=run.validation.temperature,
-        top_p=run.validation.top_p,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
     )
-    groups = sample_groups(collector, params, prompts, samples, step, rule, run.rollout, timer)
+    plan = Plan(run.rollout, samples, rule, step)
+    groups = sample_groups(collector, params, prompts, plan, timer)
     return summarise(groups), groups
 
 

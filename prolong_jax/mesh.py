@@ -119,18 +119,29 @@ def _gather(mesh: Mesh) -> Callable[[PyTree], PyTree]:
     return jax.jit(lambda values: values, out_shardings=replicated(mesh))
 
 
-def local_copy(mesh: Mesh, values: PyTree) -> PyTree:
-    """Global arrays as arrays of this process, whole on each of its devices; all have to ask."""
-    sharding = replicated(local_mesh(mesh))
+def sampling_shardings(mesh: Mesh, params: PyTree) -> PyTree:
+    """Weights split over the tensor axis alone: a decode step shall gather none of them."""
+
+    def sharding(path: tuple, x: Any) -> NamedSharding:
+        spec = weight_spec(path[-2].key, path[-1].key)
+        return NamedSharding(mesh, P(*("tensor" if axis == "tensor" else None for axis in spec)))
+
+    return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def local_arrays(mesh: Mesh, values: PyTree) -> PyTree:
+    """Global arrays that every process has whole, as arrays on the local mesh; nothing is copied."""
     if jax.process_count() == 1:
-        return jax.device_put(values, sharding)
+        return values
+    local = local_mesh(mesh)
 
     def one(x: jax.Array) -> jax.Array:
         parts = {shard.device: shard.data for shard in x.addressable_shards}
-        ordered = [parts[device] for device in mesh.local_devices]
+        ordered = [parts[device] for device in local.devices.flat]
+        sharding = NamedSharding(local, x.sharding.spec)
         return jax.make_array_from_single_device_arrays(x.shape, sharding, ordered)
 
-    return jax.tree.map(one, _gather(mesh)(values))
+    return jax.tree.map(one, values)
 
 
 def fetch(mesh: Mesh, values: PyTree) -> PyTree:

@@ -5,6 +5,7 @@ samples of its share of the prompts, an error among them) is exchanged before it
 """
 
 import faulthandler
+import functools
 import json
 import os
 import pickle
@@ -28,6 +29,7 @@ U = TypeVar("U")
 
 START_LIMIT_S = 300  # for all processes to be there
 END_LIMIT_S = 60  # for all processes to be done, once one is
+ANNOUNCED_S = 1.0  # compilations of this length are said
 
 
 def start(settings: MeshSettings) -> None:
@@ -99,6 +101,11 @@ def exchange(value: T) -> list[T]:
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
+def dealt(items: Sequence[T]) -> Sequence[T]:
+    """This process's share of what all processes have."""
+    return items[jax.process_index() :: jax.process_count()]
+
+
 def share(items: Sequence[T], work: Callable[[Sequence[T]], Sequence[U]]) -> list[U]:
     """Deals the items to the processes; each works on its own, and all get the results in order.
 
@@ -107,7 +114,7 @@ def share(items: Sequence[T], work: Callable[[Sequence[T]], Sequence[U]]) -> lis
     """
     count, done, failure = jax.process_count(), [], None
     try:
-        done = list(work(items[jax.process_index() :: count]))
+        done = list(work(dealt(items)))
     except (ValueError, RuntimeError) as error:
         failure = error
     parts = exchange((done, None if failure is None else (type(failure), str(failure))))
@@ -161,21 +168,65 @@ def watch(limit_s: float) -> None:
 
 
 class Timer:
-    """Adds up seconds per phase: `with timer("sample"): ...`."""
+    """Adds up seconds per phase: `with timer("sample"): ...`. A phase within another counts alone."""
 
     def __init__(self):
-        self.seconds: dict[str, float] = {}
+        self._begin = time.monotonic()
+        self._seconds: dict[str, float] = {}
+        self._spans: list[tuple[str, float, float]] = []
+        self._inner = [0.0]  # seconds of the phases inside of each open one
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.monotonic()
+        self._inner.append(0.0)
         yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
+        end = time.monotonic()
+        own = end - start - self._inner.pop()
+        self._inner[-1] += end - start
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + own
+        self.span(phase, start, end)
 
-    def take(self) -> dict[str, float]:
-        """The seconds so far, and a fresh start."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
+    def span(self, name: str, start: float, end: float) -> None:
+        """Puts a stretch of `time.monotonic` on the timeline alone."""
+        self._spans.append((name, start - self._begin, end - self._begin))
+
+    def take(self) -> tuple[dict[str, float], list[tuple[str, float, float]]]:
+        """Seconds by phase and the timeline (name, from, to) so far, and a fresh start."""
+        found = self._seconds, self._spans
+        self.__init__()
+        return found
+
+
+@functools.cache
+def _compilations() -> dict[str, float]:
+    """Number and seconds of all compilations from the first call on, said one by one."""
+    found = {"compile/programs": 0, "time/compile_s": 0.0}
+
+    def note(event: str, seconds: float, **kwargs: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            found["compile/programs"] += 1
+            found["time/compile_s"] += seconds
+            if seconds >= ANNOUNCED_S:
+                print(f"compiled {kwargs.get('fun_name', 'a program')} in {seconds:.1f} s")
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    return found
+
+
+def take_compilations() -> dict[str, float]:
+    """Programs compiled (or read from the compilation cache) since the last call, and the time."""
+    found = _compilations()
+    taken = dict(found)
+    found.update(dict.fromkeys(found, 0))
+    return taken
+
+
+def keep_compilations(directory: Path) -> None:
+    """Keeps compiled programs in a directory, unless JAX_COMPILATION_CACHE_DIR names one."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,58 +1,33 @@
-"""One collection: prompts -> samples -> verdicts -> groups -> what the update trains on.
+"""One collection: prompts -> samples -> verdicts -> groups of which enough teach something.
 
-Dynamic sampling (DAPO Eq. 11): groups whose raw rewards are all equal are dropped and more prompts
-are drawn, until enough groups live or the rounds are used up. Live groups beyond what a step needs
-wait in `Cursor.surplus` for the next one; their older sampler is corrected for by the importance
-weight of the loss.
+Responses go to the verifiers as they finish, while others are still decoded. Dynamic sampling (DAPO
+Eq. 11): groups whose raw rewards are all equal are dropped and a further round of prompts is drawn,
+until enough groups live or the rounds are used up. A round that is certain to be needed begins while
+the one before is still being decoded. Live groups beyond what a step needs wait in `Cursor.surplus`
+for the next one; their older sampler is corrected for by the importance weight of the loss.
 """
 
+import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from prolong_jax.advantages import group_advantage, is_dead, stop_properly
 from prolong_jax.config import RolloutSettings
 from prolong_jax.data.mixture import Position
 from prolong_jax.data.prompts import Prompt
-from prolong_jax.mesh import by_rows, local_copy, local_mesh
+from prolong_jax.groups import Group
+from prolong_jax.mesh import local_arrays, local_mesh, sampling_shardings
 from prolong_jax.models.decoder import Model
-from prolong_jax.processes import Timer, share
-from prolong_jax.sampler import Samples, SamplingRule, generate, left_pad, sample_keys
-from prolong_jax.tokenizer import ChatTokenizer
+from prolong_jax.next_token import SamplingRule
+from prolong_jax.processes import Timer, dealt, share
+from prolong_jax.sampler import Request, Sample, Slots, generate, sample_keys
+from prolong_jax.tokenizer import ChatTokenizer, stop_finder
 from prolong_jax.types import PyTree
-from prolong_jax.update import Conversation
-from prolong_jax.verifiers import Status
+from prolong_jax.verifiers import Verdict
 from prolong_jax.verifiers.pool import Pool
-
-
-@dataclass(frozen=True)
-class Group:
-    """The responses to one prompt, with their verdicts. Lists are over the G responses."""
-
-    prompt: Prompt
-    prompt_tokens: list[int]
-    tokens: list[list[int]]  # stop token included
-    logp: list[list[float]]  # nats, of the distribution that was sampled
-    stopped: list[bool]  # ended by a stop token
-    texts: list[str]
-    scores: list[float]  # raw rewards in [0, 1]
-    statuses: list[str]  # of the verdicts
-    details: list[str]
-    step: int  # training step whose policy sampled it
-
-    @property
-    def scored(self) -> np.ndarray:
-        """bool [G]: false where the verifier itself failed."""
-        return np.array([status != Status.ERROR for status in self.statuses])
-
-    @property
-    def is_dead(self) -> bool:
-        return bool(is_dead(np.array(self.scores), self.scored))
 
 
 @dataclass
@@ -74,6 +49,29 @@ class Collector:
     seed: int
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How the responses of a collection are sampled."""
+
+    settings: RolloutSettings
+    group_size: int
+    rule: SamplingRule
+    step: int  # of the training; part of every response's key
+
+
+@dataclass
+class _Open:
+    """A group whose responses or verdicts are still to come, by index of the response."""
+
+    prompt: Prompt
+    tokens: list[int]
+    truncated: bool
+    opening: str  # what the chat template puts in front of each response
+    samples: dict[int, Sample] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    verdicts: dict[int, Verdict] = field(default_factory=dict)
+
+
 def cast_for_sampling(model: Model, params: PyTree) -> PyTree:
     """The weights in the dtype of the products.
 
@@ -87,112 +85,155 @@ def cast_for_sampling(model: Model, params: PyTree) -> PyTree:
 
 
 def sampling_copy(collector: Collector, params: PyTree) -> PyTree:
-    """The weights for the sampler: cast for sampling, and whole on each local device."""
-    return local_copy(collector.mesh, cast_for_sampling(collector.model, params))
+    """The weights on the local devices in the dtype and layout of the sampler.
+
+    What has both already is passed on, not copied.
+    """
+    shardings = sampling_shardings(collector.mesh, params)
+    cast = jax.jit(cast_for_sampling, static_argnums=0, out_shardings=shardings)
+    return local_arrays(collector.mesh, cast(collector.model, params))
 
 
-def prompts_at_once(settings: RolloutSettings, group_size: int, mesh: Mesh) -> int:
-    """How many groups are sampled together: a multiple of the devices that share rows."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    return devices * max(1, settings.sample_rows // (group_size * devices))
+def slots_of(settings: RolloutSettings, mesh: Mesh) -> Slots:
+    """The sampler's sizes on the local devices."""
+    return Slots(
+        rows=settings.sample_rows,
+        max_prompt_len=settings.max_prompt_len,
+        max_response_len=settings.max_response_len,
+        cache_lens=settings.cache_lens,
+        mesh=mesh,
+    )
 
 
 def sample_groups(
-    collector: Collector,
-    params: PyTree,
-    prompts: Sequence[Prompt],
-    group_size: int,
-    step: int,
-    rule: SamplingRule,
-    settings: RolloutSettings,
-    timer: Timer,
+    collector: Collector, params: PyTree, prompts: Sequence[Prompt], plan: Plan, timer: Timer
 ) -> list[Group]:
     """Samples a group for each prompt; every process does its share and gets all groups.
 
     Raises:
-      ValueError: a prompt is longer than `max_prompt_len` tokens.
+      ValueError: a prompt has more than `max_prompt_len` tokens, and is not to be truncated.
     """
-
-    def work(mine: Sequence[Prompt]) -> list[Group]:
-        return _sample(collector, params, mine, group_size, step, rule, settings, timer)
-
-    return share(prompts, work)
+    return share(prompts, lambda mine: _Rounds(collector, plan, timer).sample(params, mine)[0])
 
 
-def _sample(
-    collector: Collector,
-    params: PyTree,
-    prompts: Sequence[Prompt],
-    group_size: int,
-    step: int,
-    rule: SamplingRule,
-    settings: RolloutSettings,
-    timer: Timer,
-) -> list[Group]:
-    """Samples a group for each prompt on the local devices, `sample_rows` responses at a time.
+class _Rounds:
+    """Sampling on the local devices, round after round without a pause, verified meanwhile."""
 
-    Workers verify what is there while sampling goes on; "verify" is the time to wait for the rest.
-    """
-    mesh = local_mesh(collector.mesh)
-    at_once = prompts_at_once(settings, group_size, mesh)
-    groups: list[Group] = []
-    for start in range(0, len(prompts), at_once):
-        chunk = list(prompts[start : start + at_once])
-        filled = chunk + [chunk[-1]] * (at_once - len(chunk))  # one shape, one compilation
-        encoded = [collector.tokenizer.encode_chat(p.messages) for p in filled]
-        ids = [tokens for tokens, _ in encoded]
-        numbers = [zlib.crc32(p.id.encode()) for p in filled]
-        inputs = (
-            *left_pad(ids, settings.max_prompt_len, rule.pad_id),
-            sample_keys(collector.seed, step, numbers, group_size),
+    def __init__(self, collector: Collector, plan: Plan, timer: Timer):
+        self.collector, self.plan, self.timer = collector, plan, timer
+        self.slots = slots_of(plan.settings, local_mesh(collector.mesh))
+        self.groups: list[_Open] = []
+        self.sizes: list[int] = []  # groups of each round
+        self.complete: list[_Open] = []  # all their responses are there
+        self.seen = 0  # of the complete ones, at the last look
+
+    def sample(
+        self,
+        params: PyTree,
+        first: Sequence[Prompt],
+        further: Callable[[int, int], Sequence[Prompt]] | None = None,
+    ) -> list[list[Group]]:
+        """Samples a group for each prompt.
+
+        Args:
+          params: the policy, as from `sampling_copy`.
+          first: prompts of the first round.
+          further: (rounds begun, groups known to be dead) -> prompts of another round where it is
+            certain that it will be needed, else none. Asked when half of the slots are free, about
+            groups that were complete one look earlier, so that verdicts have had time and the
+            order of events does not depend on how long they take.
+
+        Returns:
+          The groups of each round.
+        """
+        plan, pool, submitted = self.plan, self.collector.pool, 0.0
+
+        def ask(free: int) -> list[Request]:
+            if not self.sizes:
+                return self._requests(first)
+            known, self.seen = self.complete[: self.seen], len(self.complete)
+            if further is None or 2 * free < self.slots.rows:
+                return []
+            with self.timer("verify"):
+                while any(len(group.verdicts) < plan.group_size for group in known):
+                    self._note(pool.poll(timeout_s=1.0))
+            dead = sum(self._closed(group).is_dead for group in known)
+            return self._requests(further(len(self.sizes), dead))
+
+        with self.timer("sample"):
+            samples = generate(
+                self.collector.model,
+                params,
+                ask,
+                plan.rule,
+                self.slots,
+                stop_finder(self.collector.tokenizer.decode, plan.settings.stop_strings),
+            )
+            for sample in samples:
+                submitted = submitted or time.monotonic()
+                self._submit(sample)
+                self._note(pool.poll())
+        with self.timer("verify"):
+            self._note(pool.as_completed())
+        if submitted:
+            self.timer.span("workers", submitted, time.monotonic())
+        groups = iter([self._closed(group) for group in self.groups])
+        return [[next(groups) for _ in range(size)] for size in self.sizes]
+
+    def _requests(self, prompts: Sequence[Prompt]) -> list[Request]:
+        """Opens a round."""
+        if not prompts and self.sizes:
+            return []
+        settings, start = self.plan.settings, len(self.groups)
+        self.sizes.append(len(prompts))
+        for prompt in prompts:
+            tokens, opening = self.collector.tokenizer.encode_chat(prompt.messages)
+            excess = len(tokens) - settings.max_prompt_len
+            if excess > 0 and settings.long_prompts == "refuse":
+                raise ValueError(
+                    f"rollout.max_prompt_len: prompt {prompt.id!r} has {len(tokens)} tokens, at "
+                    f"most {settings.max_prompt_len} fit; raise the limit, drop the prompt, or set "
+                    "rollout.long_prompts to 'truncate'."
+                )
+            self.groups.append(_Open(prompt, tokens[max(0, excess) :], excess > 0, opening))
+        numbers = [zlib.crc32(p.id.encode()) for p in prompts]
+        keys = sample_keys(self.collector.seed, self.plan.step, numbers, self.plan.group_size)
+        return [
+            Request(start + i, self.groups[start + i].tokens, keys[i], settings.max_response_len)
+            for i in range(len(prompts))
+        ]
+
+    def _submit(self, sample: Sample) -> None:
+        group = self.groups[sample.id]
+        text = self.collector.tokenizer.decode(sample.tokens)
+        group.samples[sample.index], group.texts[sample.index] = sample, text
+        if len(group.samples) == self.plan.group_size:
+            self.complete.append(group)
+        prompt, item_id = group.prompt, (sample.id, sample.index)
+        self.collector.pool.submit(
+            item_id, prompt.verifier, group.opening + text, prompt.reference
         )
-        with timer("sample"):
-            tokens_PS, valid_PS, keys_PG = jax.device_put(inputs, by_rows(mesh))
-            samples = generate(collector.model, params, tokens_PS, valid_PS, keys_PG, rule)
-        for number, prompt in enumerate(chunk):
-            rows = slice(number * group_size, (number + 1) * group_size)
-            prompt_tokens, opening = encoded[number]
-            group = _unscored(collector, prompt, prompt_tokens, samples, rows, step)
-            for i, text in enumerate(group.texts):
-                item_id = len(groups), i
-                collector.pool.submit(item_id, prompt.verifier, opening + text, prompt.reference)
-            groups.append(group)
-    with timer("verify"):
-        verdicts = dict(collector.pool.as_completed())
-    for number, group in enumerate(groups):
-        found = [verdicts[number, i] for i in range(group_size)]
-        groups[number] = replace(
-            group,
-            scores=[verdict.score for verdict in found],
-            statuses=[str(verdict.status) for verdict in found],
-            details=[verdict.detail for verdict in found],
+
+    def _note(self, verdicts: Iterable[tuple[Hashable, Verdict]]) -> None:
+        for (number, index), verdict in verdicts:
+            self.groups[number].verdicts[index] = verdict
+
+    def _closed(self, group: _Open) -> Group:
+        order = range(self.plan.group_size)
+        samples, verdicts = ([by[i] for i in order] for by in (group.samples, group.verdicts))
+        return Group(
+            prompt=group.prompt,
+            prompt_tokens=group.tokens,
+            tokens=[sample.tokens for sample in samples],
+            logp=[sample.logp for sample in samples],
+            stopped=[sample.reason != "length" for sample in samples],
+            texts=[group.texts[i] for i in order],
+            scores=[verdict.score for verdict in verdicts],
+            statuses=[str(verdict.status) for verdict in verdicts],
+            details=[verdict.detail for verdict in verdicts],
+            step=self.plan.step,
+            truncated=group.truncated,
         )
-    return groups
-
-
-def _unscored(
-    collector: Collector,
-    prompt: Prompt,
-    prompt_tokens: list[int],
-    samples: Samples,
-    rows: slice,
-    step: int,
-) -> Group:
-    """The given rows of the samples as a group that has no verdicts yet."""
-    lengths = samples.lengths[rows].tolist()
-    tokens = [row[:n].tolist() for row, n in zip(samples.tokens[rows], lengths, strict=True)]
-    return Group(
-        prompt=prompt,
-        prompt_tokens=prompt_tokens,
-        tokens=tokens,
-        logp=[row[:n].tolist() for row, n in zip(samples.logp[rows], lengths, strict=True)],
-        stopped=samples.stopped[rows].tolist(),
-        texts=[collector.tokenizer.decode(ids) for ids in tokens],
-        scores=[],
-        statuses=[],
-        details=[],
-        step=step,
-    )
 
 
 def collect(
@@ -206,9 +247,12 @@ def collect(
 ) -> tuple[list[Group], list[Group]]:
     """Fills one training step with live groups, and moves the cursor.
 
+    A process that sees enough dead groups among its own goes on to the next round by itself; it
+    tells the others when their turn comes. Which rounds there are depends on the rewards alone.
+
     Args:
       collector: model, tokenizer, verifiers.
-      params: the policy.
+      params: the policy, as from `sampling_copy`.
       cursor: position and surplus; changed in place.
       next_prompts: (position, count) -> the prompts there, and the position behind them.
       settings: sizes and dynamic sampling.
@@ -219,97 +263,37 @@ def collect(
       The groups to train on, `prompts_per_step` of them unless the rounds ran out, and all groups
       that were sampled in this call.
     """
-    rule = SamplingRule(
-        max_len=settings.max_response_len,
-        stop_ids=collector.tokenizer.stop_ids,
-        pad_id=collector.tokenizer.pad_id,
-        temperature=settings.temperature,
-    )
+    rule = SamplingRule(collector.tokenizer.stop_ids, settings.temperature)
+    plan = Plan(settings, settings.group_size, rule, step)
     wanted, live, sampled = settings.prompts_per_step, list(cursor.surplus), []
-    for _ in range(settings.max_sampling_rounds):
+    drawn: list[tuple[list[Prompt], Position]] = []  # of each round
+    done: list[list[Group]] = []  # this process's groups of each round, perhaps ahead of the others
+
+    def prompts_of(number: int) -> list[Prompt]:
+        while len(drawn) <= number:
+            drawn.append(next_prompts(drawn[-1][1] if drawn else cursor.position, wanted))
+        return drawn[number][0]
+
+    def work(mine: Sequence[Prompt]) -> list[Group]:
+        number, so_far = len(sampled) // wanted, len(live)
+
+        def further(begun: int, dead: int) -> Sequence[Prompt]:
+            is_last = number + begun == settings.max_sampling_rounds
+            if is_last or so_far + begun * wanted - dead >= wanted:
+                return []
+            return dealt(prompts_of(number + begun))
+
+        if number == len(done):
+            rounds = _Rounds(collector, plan, timer)
+            done.extend(rounds.sample(params, mine, further if settings.dynamic_sampling else None))
+        return done[number]
+
+    for number in range(settings.max_sampling_rounds):
         if len(live) >= wanted:
             break
-        prompts, cursor.position = next_prompts(cursor.position, wanted)
-        groups = sample_groups(
-            collector, params, prompts, settings.group_size, step, rule, settings, timer
-        )
+        groups = share(prompts_of(number), work)
+        cursor.position = drawn[number][1]
         sampled += groups
         live += [g for g in groups if not (settings.dynamic_sampling and g.is_dead)]
     cursor.surplus = live[wanted:]
     return live[:wanted], sampled
-
-
-def advantages(group: Group, settings: RolloutSettings) -> np.ndarray:
-    """f64 [G]: advantages from the shaped rewards; the raw ones decided whether the group lives."""
-    shaped = stop_properly(
-        np.array(group.scores), np.array(group.stopped), coef=settings.stop_properly
-    )
-    return group_advantage(shaped, group.scored)
-
-
-def conversations(group: Group, settings: RolloutSettings) -> list[Conversation]:
-    """The group as the update wants it; responses that were not scored are left out."""
-    prompt = np.array(group.prompt_tokens, np.int32)
-    return [
-        Conversation(prompt, np.array(tokens, np.int32), np.array(logp, np.float32), float(a))
-        for tokens, logp, a, scored in zip(
-            group.tokens, group.logp, advantages(group, settings), group.scored, strict=True
-        )
-        if scored
-    ]
-
-
-def statistics(kept: Sequence[Group], sampled: Sequence[Group], cursor: Cursor) -> dict[str, float]:
-    """Metrics of a collection. Rewards are raw and over all that was sampled, dead groups too."""
-    rewards: dict[str, list[float]] = {}
-    lengths = [len(tokens) for g in sampled for tokens in g.tokens]
-    statuses = [status for g in sampled for status in g.statuses]
-    for g in sampled:
-        rewards.setdefault(g.prompt.domain, []).extend(np.array(g.scores)[g.scored])
-    dead = [np.array(g.scores)[g.scored] for g in sampled if g.is_dead]
-    row = {f"reward/{domain}": float(np.mean(r)) for domain, r in rewards.items() if r}
-    if sampled:
-        row |= {
-            "reward/mean": float(np.mean([r for rs in rewards.values() for r in rs])),
-            "response/len_mean": float(np.mean(lengths)),
-            "response/len_max": max(lengths),
-            "response/terminated": float(np.mean([s for g in sampled for s in g.stopped])),
-        }
-    return row | {
-        "groups/kept": len(kept),
-        "groups/all_zero": sum(len(r) > 0 and r.max() == 0 for r in dead),
-        "groups/all_one": sum(len(r) > 0 and r.min() == 1 for r in dead),
-        "groups/equal": len(dead),
-        "groups/surplus": len(cursor.surplus),
-        "verify/timeouts": statuses.count(Status.TIMEOUT),
-        "verify/errors": statuses.count(Status.ERROR),
-        "tokens/generated": sum(lengths),
-    }
-
-
-def sample_rows(
-    groups: Sequence[Group], settings: RolloutSettings, step: int
-) -> list[dict[str, Any]]:
-    """The first response of each group as a row of samples.jsonl."""
-    return [
-        {
-            "step": step,
-            "domain": group.prompt.domain,
-            "level": group.prompt.level,
-            "prompt": group.prompt.messages[-1]["content"],
-            "response": group.texts[0],
-            "score": group.scores[0],
-            "status": group.statuses[0],
-            "detail": group.details[0],
-            "advantage": float(advantages(group, settings)[0]),
-            "stopped": group.stopped[0],
-        }
-        for group in groups
-    ]
-
-
-def group_from_dict(values: Mapping[str, Any]) -> Group:
-    """The inverse of `dataclasses.asdict` after a JSON round trip."""
-    prompt = dict(values["prompt"])
-    prompt["messages"] = tuple(prompt["messages"])
-    return Group(**{**values, "prompt": Prompt(**prompt)})

@@ -1,250 +1,493 @@
-"""Sampling with a KV cache: each prompt is read once for its group, finished rows leave the batch.
+"""Sampling with a KV cache and continuous batching: one process, its local devices.
 
-A sample is a pure function of (params, prompt, key): its random numbers come from its own key and
-the index of the token, never from the batch around it.
+Responses occupy slots, the rows of the cache. All rows write their newest token to the same column,
+the clock, so a row's tokens lie in the columns [clock - position, clock). Decoding runs in chunks on
+the devices; between chunks the host takes out what has finished, lets others in, and rearranges the
+cache: to as many rows and columns as are needed, from a small set of sizes. Each prompt is read once
+for its group.
+
+A sample is a function of (params, prompt, key): its random numbers come from its own key and the
+index of the token, never from the batch around it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prolong_jax.masked import chosen_logp
+from prolong_jax.mesh import ROW_AXES, by_rows
 from prolong_jax.models.attention import causal_mask
 from prolong_jax.models.decoder import Cache, Model, positions_of
+from prolong_jax.next_token import SamplingRule, draw, sampled_logits
 from prolong_jax.types import Array, PyTree
+
+CHUNK = 64  # tokens that are decoded between two looks of the host, at most
+ALIGNED = 16  # a cache has a multiple of so many columns
+PREFILL_TOKENS = 256  # of short prompts that a device reads together
+PREFILL_LIMIT = 8192  # tokens of prompts that come in at once, on each device
+
+
+class Request(NamedTuple):
+    """One prompt, to be answered G times."""
+
+    id: Hashable
+    prompt: Sequence[int]  # token ids, at least one
+    keys: np.ndarray  # u32 [G, 2] data of a random key per response, as from `sample_keys`
+    max_len: int  # tokens of a response, at most
+
+
+class Sample(NamedTuple):
+    """One finished response, on the host."""
+
+    id: Hashable  # of the request
+    index: int  # in the group
+    tokens: list[int]  # stop token included
+    logp: list[float]  # nats, under the distribution that was sampled
+    reason: str  # why it ended: "stop" (a stop token), "string" (a stop string) or "length"
 
 
 @dataclass(frozen=True)
-class SamplingRule:
-    """How the next token is drawn. Hashable: part of what is compiled."""
+class Slots:
+    """How much is sampled at once, and so what is compiled. Sizes are those of all local devices."""
 
-    max_len: int  # tokens of a response, at most
-    stop_ids: tuple[int, ...]
-    pad_id: int
-    temperature: float = 1.0  # > 0
-    top_p: float = 1.0  # in (0, 1]; 1 keeps all tokens
+    rows: int  # responses at once, at most; bounds the memory of the cache
+    max_prompt_len: int  # tokens
+    max_response_len: int  # tokens
+    cache_lens: int = 8  # sizes of the cache: more of them compile longer and read less in vain
+    chunk: int = CHUNK
+    mesh: Mesh | None = None  # of the local devices; None: one device
+
+    @property
+    def devices(self) -> int:
+        """How many devices share the rows."""
+        return 1 if self.mesh is None else int(np.prod([self.mesh.shape[a] for a in ROW_AXES]))
+
+    @property
+    def most(self) -> int:
+        """Rows of each device."""
+        return max(1, self.rows // self.devices)
+
+    @property
+    def row_counts(self) -> list[int]:
+        """The rows that a device may have: all, a half, a quarter or an eighth."""
+        return sorted({-(-self.most // part) for part in (1, 2, 4, 8)})
+
+    def row_count(self, live: int) -> int:
+        return next(count for count in self.row_counts if count >= live)
+
+    @property
+    def quantum(self) -> int:
+        """The columns of a cache are a multiple of this."""
+        total = self.max_prompt_len + self.max_response_len
+        return ALIGNED * -(-total // (ALIGNED * self.cache_lens))
+
+    def cache_len(self, columns: int) -> int:
+        return self.quantum * -(-columns // self.quantum)
+
+    @property
+    def prompt_block(self) -> int:
+        """Prompts that a device reads together."""
+        return max(1, min(self.most, PREFILL_TOKENS // self.max_prompt_len))
+
+    @property
+    def prompt_blocks(self) -> int:
+        limit = max(1, min(self.most, PREFILL_LIMIT // self.max_prompt_len))
+        return -(-limit // self.prompt_block)
 
 
-class Samples(NamedTuple):
-    """Responses on the host, right-padded."""
+@dataclass(eq=False)
+class _Live:
+    """A response that is being decoded, on the host."""
 
-    tokens: np.ndarray  # i32 [B, T] stop token included
-    logp: np.ndarray  # f32 [B, T] nats, under the distribution that was sampled; 0 past the end
-    lengths: np.ndarray  # i32 [B] tokens, stop token included
-    stopped: np.ndarray  # bool [B] true where a stop token ended it, false where the budget did
+    request: Request
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+
+    @property
+    def newest(self) -> int:
+        return self.tokens[-1] if self.tokens else self.request.prompt[-1]
+
+    @property
+    def position(self) -> int:
+        """Of the newest token, which is not in the cache yet: so many of its tokens are."""
+        return len(self.request.prompt) + len(self.tokens) - 1
 
 
 class _Rows(NamedTuple):
-    """The responses that are being decoded, on the device."""
+    """What the devices know of each row."""
 
-    key: Array  # [B] random key of the response
-    prompt_len: Array  # i32 [B]
-    valid: Array  # bool [B, S] true at the slots of the prompt's real tokens
+    key: Array  # u32 [B, 2] data of the response's key
     token: Array  # i32 [B] the newest token
-    done: Array  # bool [B]
-    tokens: Array  # i32 [B, T]
-    logp: Array  # f32 [B, T]
-    cache: Cache
+    position: Array  # i32 [B] of it
+    length: Array  # i32 [B] tokens of the response
+    max_len: Array  # i32 [B]
+    done: Array  # bool [B] finished, or an empty slot
 
 
-def sampled_logits(logits_BV: Array, rule: SamplingRule) -> Array:
-    """Logits f32 [B, V] of the distribution that is sampled: temperature first, then top-p.
-
-    Top-p keeps the smallest set of most likely tokens whose probability reaches `top_p`
-    (arXiv 1904.09751).
-    """
-    logits_BV = logits_BV.astype(jnp.float32) / rule.temperature
-    if rule.top_p >= 1.0:
-        return logits_BV
-    order_BV = jnp.argsort(-logits_BV, axis=-1)
-    sorted_BV = jnp.take_along_axis(jax.nn.softmax(logits_BV), order_BV, axis=-1)
-    before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
-    rank_BV = jnp.argsort(order_BV, axis=-1)
-    dropped_BV = jnp.take_along_axis(before_BV >= rule.top_p, rank_BV, axis=-1)
-    return jnp.where(dropped_BV, -jnp.inf, logits_BV)
+# --- on the devices --------------------------------------------------------------------------------
 
 
-def draw(logits_BV: Array, uniform_B: Array) -> Array:
-    """Inverts the cumulative distribution at `uniform_B` in [0, 1). Returns token ids i32 [B].
-
-    Two levels, block sums first, because a cumulative sum over a whole vocabulary is slow.
-    """
-    B, V = logits_BV.shape
-    size = int(np.ceil(np.sqrt(V)))
-    blocks = -(-V // size)
-    p_BV = jnp.exp(logits_BV - logits_BV.max(axis=-1, keepdims=True))
-    p_BKC = jnp.pad(p_BV, ((0, 0), (0, blocks * size - V))).reshape(B, blocks, size)
-    mass_BK = p_BKC.sum(axis=-1)
-    target_B = uniform_B * mass_BK.sum(axis=-1)
-    block_B1, before_B = _invert(mass_BK, target_B)
-    inside_BC = jnp.take_along_axis(p_BKC, block_B1[:, :, None], axis=1)[:, 0]
-    offset_B1, _ = _invert(inside_BC, jnp.maximum(target_B - before_B, 0.0))
-    return (block_B1 * size + offset_B1)[:, 0].astype(jnp.int32)
-
-
-def _invert(p_BX: Array, target_B: Array) -> tuple[Array, Array]:
-    """The first index [B, 1] whose cumulative sum exceeds the target, and the sum before it [B].
-
-    Rounding may put the target at the whole sum: then it is the last index of any probability.
-    """
-    ends_BX = jnp.cumsum(p_BX, axis=-1)
-    last_B = p_BX.shape[-1] - 1 - jnp.argmax(p_BX[:, ::-1] > 0, axis=-1)
-    index_B1 = jnp.minimum((ends_BX <= target_B[:, None]).sum(-1), last_B)[:, None]
-    before_BX = ends_BX - p_BX
-    return index_B1, jnp.take_along_axis(before_BX, index_B1, axis=-1)[:, 0]
-
-
-def _record(
-    model: Model, params: PyTree, rows: _Rows, hidden_BD: Array, step: Array, rule: SamplingRule
-) -> _Rows:
-    """Draws token number `step` of each row from its newest hidden state."""
-    logits_BV = sampled_logits(model.logits(params, hidden_BD[:, None])[:, 0], rule)
-    uniform_B = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(rows.key)
-    token_B = jnp.where(rows.done, rule.pad_id, draw(logits_BV, uniform_B))
-    logp_B1 = chosen_logp(logits_BV[:, None], token_B[:, None])
-    logp_B1 = jnp.where(rows.done[:, None], 0.0, logp_B1)
-    return rows._replace(
-        token=token_B,
-        done=rows.done | jnp.isin(token_B, jnp.array(rule.stop_ids)),
-        tokens=jax.lax.dynamic_update_slice(rows.tokens, token_B[:, None], (0, step)),
-        logp=jax.lax.dynamic_update_slice(rows.logp, logp_B1, (0, step)),
-    )
-
-
-@partial(jax.jit, static_argnames=("model", "rule"))
+@partial(jax.jit, static_argnames=("model", "columns"))
 def _prefill(
+    model: Model, params: PyTree, tokens_NPT: Array, valid_NPT: Array, count: Array, columns: int
+) -> Cache:
+    """Keys [N, P, K, C, columns] and values [N, P, K, columns, C] of left-padded prompts.
+
+    Block after block: N of P prompts, `count` of these in use.
+    """
+    (N, P, T), config = tokens_NPT.shape, model.config
+
+    def one(index: Array, cache: Cache) -> Cache:
+        tokens_PT, valid_PT = tokens_NPT[index], valid_NPT[index]
+        mask_PTS = causal_mask(valid_PT)
+        _, read = model.hidden(params, tokens_PT, positions_of(valid_PT), mask_PTS)
+
+        def put(old: Array, new: Array, axis: int) -> Array:
+            widths = [(columns - T if i == axis else 0, 0) for i in range(4)]
+            return jax.lax.dynamic_update_index_in_dim(old, jnp.pad(new, widths), index, 0)
+
+        return tuple(
+            (put(k, new_k, 3), put(v, new_v, 2))
+            for (k, v), (new_k, new_v) in zip(cache, read, strict=True)
+        )
+
+    K, C = config.num_kv_heads, config.head_dim
+    empty = jnp.zeros((N, P, K, C, columns), model.dtype)
+    layer = empty, empty.swapaxes(3, 4)
+    return jax.lax.fori_loop(0, count, one, (layer,) * config.num_layers)
+
+
+@partial(jax.jit, static_argnames=("columns", "mesh"))
+def _arrange(
+    old: tuple[Array, Array] | None,
+    prompts: tuple[Array, Array] | None,
+    source_B: Array,
+    is_new_B: Array,
+    shift: Array,
+    clock: Array,
+    columns: int,
+    mesh: Mesh | None,
+) -> tuple[Array, Array]:
+    """A layer's cache with other rows and columns; every device has rows of its own.
+
+    Args:
+      old: keys [b, K, C, s] and values [b, K, s, C]; None where there are none.
+      prompts: keys [n, p, K, C, t] and values of prompts; None where none come in.
+      source_B: i32, of each new row: its old row or its prompt, by their number on the device.
+      is_new_B: bool, whether a prompt comes in.
+      shift: columns by which the old rows move to the front.
+      clock: the column behind the newest one.
+      columns: of the new cache.
+    """
+
+    def place(x: Array, start: Array, axis: int) -> Array:
+        """Column `start` of x, which may be negative, becomes the first of `columns`."""
+        widths = [(columns if i == axis else 0,) * 2 for i in range(4)]
+        return jax.lax.dynamic_slice_in_dim(jnp.pad(x, widths), start + columns, columns, axis)
+
+    def local(old, prompts, source_B, is_new_B, shift, clock):
+        out = []
+        for i, axis in enumerate((3, 2)):
+            rows = None if old is None else place(old[i], shift, axis)[source_B]
+            if prompts is not None:
+                read = prompts[i].reshape(-1, *prompts[i].shape[2:])
+                read = place(read, read.shape[axis] - clock, axis)[source_B]
+                rows = read if rows is None else jnp.where(is_new_B[:, None, None, None], read, rows)
+            out.append(rows)
+        return tuple(out)
+
+    if mesh is None:
+        return local(old, prompts, source_B, is_new_B, shift, clock)
+    heads = prompts[0].shape[2] if old is None else old[0].shape[1]
+    layer, spec, whole = cache_spec(heads, mesh), PartitionSpec(ROW_AXES), PartitionSpec()
+    in_specs = (layer, PartitionSpec(None, *layer), spec, spec, whole, whole)
+    function = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=layer)
+    return function(old, prompts, source_B, is_new_B, shift, clock)
+
+
+def cache_spec(kv_heads: int, mesh: Mesh) -> PartitionSpec:
+    """Rows over the devices that share them, and heads over the tensor axis where it divides."""
+    return PartitionSpec(ROW_AXES, None if kv_heads % mesh.shape["tensor"] else "tensor")
+
+
+@partial(jax.jit, static_argnames=("model", "rule", "chunk"), donate_argnums=(2,))
+def _decode(
     model: Model,
     params: PyTree,
-    prompt_PS: Array,
-    valid_PS: Array,
-    keys_PG: Array,
+    cache: Cache,
+    rows: _Rows,
+    clock: Array,
+    least: Array,
     rule: SamplingRule,
-) -> _Rows:
-    """Reads each prompt once, shares it with its group, and draws the first tokens."""
-    (P, G), T = keys_PG.shape, rule.max_len
-    hidden_PSD, cache = model.hidden(
-        params, prompt_PS, positions_of(valid_PS), causal_mask(valid_PS)
-    )
+    chunk: int,
+) -> tuple[Cache, Array, Array, Array]:
+    """Decodes until the chunk or the cache is full, or at most `least` rows are unfinished.
 
-    def share(x: Array, axis: int) -> Array:
-        """One row per response, with room for it along `axis`."""
-        widths = [(0, T if i == axis else 0) for i in range(x.ndim)]
-        return jnp.repeat(jnp.pad(x, widths), G, axis=0)
+    Returns:
+      The cache; i32 and f32 [B, chunk]: the tokens drawn and their logp; i32 []: how many columns
+      of these are in use. A finished row goes on with tokens that mean nothing.
+    """
+    B, S = rows.token.shape[0], cache[0][0].shape[3]
+    slots, stops = jnp.arange(S), jnp.array(rule.stop_ids)
+    start_B1 = (clock - rows.position)[:, None]
+    keys_B = jax.random.wrap_key_data(rows.key)
+    index_BT = rows.length[:, None] + jnp.arange(chunk)
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
+    uniform_BT = jax.vmap(jax.vmap(jax.random.uniform))(fold(keys_B, index_BT))
 
-    rows = _Rows(
-        key=keys_PG.reshape(-1),
-        prompt_len=jnp.repeat(valid_PS.sum(-1), G),
-        valid=share(valid_PS, 1),
-        token=jnp.zeros(P * G, jnp.int32),
-        done=jnp.zeros(P * G, bool),
-        tokens=jnp.full((P * G, T), rule.pad_id, jnp.int32),
-        logp=jnp.zeros((P * G, T)),
-        cache=tuple((share(k, 3), share(v, 2)) for k, v in cache),
-    )
-    hidden_BD = jnp.repeat(hidden_PSD[:, -1], G, axis=0)
-    return _record(model, params, rows, hidden_BD, jnp.int32(0), rule)
+    def unfinished(carry) -> Array:
+        _, _, done, _, _, step = carry
+        return (step < jnp.minimum(chunk, S - clock)) & ((~done).sum() > least)
 
+    def one(carry):
+        cache, token, done, tokens, logp, step = carry
+        slot = clock + step
+        mask_B1S = ((slots >= start_B1) & (slots <= slot))[:, None]
+        position_B1 = (rows.position + step)[:, None]
+        hidden_B1D, cache = model.hidden(params, token[:, None], position_B1, mask_B1S, cache, slot)
+        logits_BV = sampled_logits(model.logits(params, hidden_B1D)[:, 0], rule)
+        uniform_B = jax.lax.dynamic_index_in_dim(uniform_BT, step, 1, keepdims=False)
+        token = draw(logits_BV, uniform_B)
+        logp_B1 = chosen_logp(logits_BV[:, None], token[:, None])
+        done = done | jnp.isin(token, stops) | (rows.length + step + 1 >= rows.max_len)
+        tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, step))
+        logp = jax.lax.dynamic_update_slice(logp, logp_B1, (0, step))
+        return cache, token, done, tokens, logp, step + 1
 
-@partial(jax.jit, static_argnames=("model", "rule"), donate_argnums=(2,))
-def _decode(
-    model: Model, params: PyTree, rows: _Rows, step: Array, least: int, rule: SamplingRule
-) -> tuple[_Rows, Array]:
-    """Decodes from token `step` on until at most `least` rows are unfinished or T is reached."""
-    S, T = rows.valid.shape[1] - rule.max_len, rule.max_len
-    slots = jnp.arange(S + T)
-
-    def unfinished(carry: tuple[_Rows, Array]) -> Array:
-        return (carry[1] < T) & ((~carry[0].done).sum() > least)
-
-    def one(carry: tuple[_Rows, Array]) -> tuple[_Rows, Array]:
-        rows, step = carry
-        slot = S + step - 1  # of the newest token
-        mask_B1S = (rows.valid | ((slots >= S) & (slots <= slot)))[:, None]
-        position_B1, token_B1 = (rows.prompt_len + step - 1)[:, None], rows.token[:, None]
-        hidden_B1D, cache = model.hidden(params, token_B1, position_B1, mask_B1S, rows.cache, slot)
-        rows = rows._replace(cache=cache)
-        return _record(model, params, rows, hidden_B1D[:, 0], step, rule), step + 1
-
-    return jax.lax.while_loop(unfinished, one, (rows, step))
+    empty = jnp.zeros((B, chunk), jnp.int32), jnp.zeros((B, chunk))
+    begin = (cache, rows.token, rows.done, *empty, jnp.int32(0))
+    cache, _, _, tokens, logp, step = jax.lax.while_loop(unfinished, one, begin)
+    return cache, tokens, logp, step
 
 
-@jax.jit
-def _keep(rows: _Rows, index: Array) -> _Rows:
-    return jax.tree.map(lambda x: x[index], rows)
+# --- on the host -----------------------------------------------------------------------------------
 
 
 def generate(
     model: Model,
     params: PyTree,
-    prompt_PS: Array | np.ndarray,
-    valid_PS: Array | np.ndarray,
-    keys_PG: Array,
+    ask: Callable[[int], Sequence[Request]],
     rule: SamplingRule,
-) -> Samples:
-    """Samples G responses to each of P prompts, in the order prompt 0's group, prompt 1's, ...
-
-    Whenever half of the rows are finished they leave the batch, down to an eighth of it.
+    slots: Slots,
+    find_stop: Callable[[list[int]], int | None] = lambda tokens: None,
+) -> Iterator[Sample]:
+    """Samples what is asked for, and yields each response when it is finished.
 
     Args:
       model: the decoder.
-      params: its parameters.
-      prompt_PS: i32 prompt tokens, left-padded.
-      valid_PS: bool, true at real tokens.
-      keys_PG: one random key per response.
+      params: its parameters, as from `rollout.sampling_copy`.
+      ask: number of free slots -> more requests. Called when none waits for a slot, after the
+        consumer has seen all samples but those of the newest chunk. Sampling ends where it
+        returns nothing and nothing is left to decode.
       rule: how tokens are drawn.
+      slots: sizes.
+      find_stop: tokens of a response -> how many of them to keep, where a stop string ends it.
 
-    Returns:
-      B = P * G samples of up to `rule.max_len` tokens.
+    Raises:
+      ValueError: a prompt or budget that the slots cannot hold.
     """
-    rows = _prefill(model, params, prompt_PS, valid_PS, keys_PG, rule)
-    size, T, step = keys_PG.size, rule.max_len, jnp.int32(1)
-    tokens, logp = np.zeros((size, T), np.int32), np.zeros((size, T), np.float32)
-    done, held, smallest = np.zeros(size, bool), np.arange(size), size // 8
+    waiting: deque[_Live] = deque()
+    held: list[_Live | None] = []  # by slot
+    cache, clock, finished = [], 0, []
     while True:
-        least = size // 2 if size // 2 >= smallest and size % 2 == 0 else 0
-        rows, step = _decode(model, params, rows, step, least, rule)
-        tokens[held], logp[held], done[held] = jax.device_get((rows.tokens, rows.logp, rows.done))
-        if done[held].all() or step == T:
+        if not waiting:
+            free = slots.most * slots.devices - sum(map(bool, held))
+            waiting.extend(x for request in ask(free) for x in _queued(request, slots))
+        while (seats := _seated(held, waiting, slots)) != held or clock == _columns(cache):
+            if not any(seats):
+                break
+            clock = _rearrange(model, params, cache, clock, held, seats, slots)
+            held = seats
+        if not any(seats):
+            held, cache, clock = [], [], 0
+            if not finished:
+                return
+            yield from finished
+            finished = []
+            continue
+        rows = _put(_Rows(*map(np.stack, zip(*map(_row, held), strict=True))), slots)
+        least = np.int32(_least(held, waiting, slots))
+        at = np.int32(clock)
+        decoded, *out = _decode(model, params, tuple(cache), rows, at, least, rule, slots.chunk)
+        cache = list(decoded)
+        yield from finished  # the devices are at work meanwhile
+        tokens, logp, steps = jax.device_get(out)
+        clock, finished = clock + int(steps), []
+        for slot, live in enumerate(held):
+            if live is not None:
+                reason = _extend(live, tokens[slot, :steps], logp[slot, :steps], rule, find_stop)
+                if reason:
+                    finished.append(
+                        Sample(live.request.id, live.index, live.tokens, live.logp, reason)
+                    )
+                    held[slot] = None
+
+
+def _queued(request: Request, slots: Slots) -> list[_Live]:
+    for what, length, most in (
+        ("a prompt", len(request.prompt), slots.max_prompt_len),
+        ("the budget of a response", request.max_len, slots.max_response_len),
+    ):
+        if not 1 <= length <= most:
+            raise ValueError(f"sampler: {what} has {length} tokens; expected 1 to {most}.")
+    return [_Live(request, index) for index in range(len(request.keys))]
+
+
+def _columns(cache: Sequence[tuple[Array, Array]]) -> int:
+    return cache[0][0].shape[3] if cache else 0
+
+
+def _put(values: PyTree, slots: Slots) -> PyTree:
+    return jax.device_put(values, None if slots.mesh is None else by_rows(slots.mesh))
+
+
+def _row(live: _Live | None) -> _Rows:
+    if live is None:
+        zero = np.int32(0)
+        return _Rows(np.zeros(2, np.uint32), zero, zero, zero, zero, np.bool_(True))
+    values = live.newest, live.position, len(live.tokens), live.request.max_len
+    return _Rows(live.request.keys[live.index], *map(np.int32, values), np.bool_(False))
+
+
+def _seated(
+    held: Sequence[_Live | None], waiting: deque[_Live], slots: Slots
+) -> list[_Live | None]:
+    """Who has which slot from now on: those that wait are let in, group by group, as room allows.
+
+    `held` itself where nobody comes in and no fewer rows would do.
+    """
+    b = len(held) // slots.devices
+    seats = [[x for x in held[d * b : (d + 1) * b] if x] for d in range(slots.devices)]
+    new_prompts = [0] * slots.devices
+    most_prompts = slots.prompt_block * slots.prompt_blocks
+    while waiting:
+        device = min(range(slots.devices), key=lambda d: len(seats[d]))
+        free, request = slots.most - len(seats[device]), waiting[0].request
+        group = sum(live.request is request for live in waiting)
+        if free < min(group, slots.most) or new_prompts[device] == most_prompts:
             break
-        size = least
-        kept = np.argsort(done[held], kind="stable")[:size]  # the unfinished ones first
-        rows, held = _keep(rows, kept), held[kept]
-    is_stop_BT = np.isin(tokens, rule.stop_ids) & done[:, None]
-    return Samples(tokens, logp, np.where(done, is_stop_BT.argmax(-1) + 1, T), done)
+        new_prompts[device] += 1
+        seats[device] += [waiting.popleft() for _ in range(min(group, free))]
+    rows = slots.row_count(max(map(len, seats)))
+    if rows == b and not any(new_prompts):
+        return list(held)
+    return [row for taken in seats for row in taken + [None] * (rows - len(taken))]
 
 
-def sample_keys(seed: int, step: int, prompt_numbers: Sequence[int], group_size: int) -> Array:
-    """Keys [P, G], folded from (seed, step, prompt number, sample number)."""
+def _least(held: Sequence[_Live | None], waiting: Sequence[_Live], slots: Slots) -> int:
+    """With how many unfinished rows the host wants to look again: fewer than there are now."""
+    live, most = sum(map(bool, held)), slots.most * slots.devices
+    if waiting:  # when a group, or an eighth of all, can be let in
+        return min(live - 1, most - max(most // 8, min(len(waiting[0].request.keys), most)))
+    fewer = [count * slots.devices for count in slots.row_counts if count * slots.devices < live]
+    return max(fewer, default=0)
+
+
+def _rearrange(
+    model: Model,
+    params: PyTree,
+    cache: list[tuple[Array, Array] | None],
+    clock: int,
+    held: Sequence[_Live | None],
+    seats: Sequence[_Live | None],
+    slots: Slots,
+) -> int:
+    """Makes the cache that of other seats, layer by layer. Returns its clock.
+
+    Reads the prompts of those who come in.
+    """
+    old = {id(live): slot for slot, live in enumerate(held) if live}
+    new = [live is not None and id(live) not in old for live in seats]
+    b, rows = len(held) // slots.devices, len(seats) // slots.devices
+    prompts: list[dict[int, _Live]] = [{} for _ in range(slots.devices)]  # by id of the request
+    source = np.zeros(len(seats), np.int32)
+    for slot, live in enumerate(seats):
+        if live is not None and new[slot]:
+            known = prompts[slot // rows]
+            known.setdefault(id(live.request), live)
+            source[slot] = list(known).index(id(live.request))
+        elif live is not None:
+            source[slot] = old[id(live)] - slot // rows * b
+    lives = [live for live in seats if live]
+    now = max(live.position for live in lives)
+    room = min(slots.quantum // 2, max(x.request.max_len - len(x.tokens) for x in lives))
+    columns = slots.cache_len(now + room)
+    number = model.config.num_layers
+    read = list(_read(model, params, prompts, slots)) if any(new) else [None] * number
+    cache[:] = cache or [None] * number
+    where = _put((source, np.array(new)), slots)
+    at = np.int32(clock - now), np.int32(now)
+    for n in range(number):
+        cache[n] = _arrange(cache[n], read[n], *where, *at, columns, slots.mesh)
+        read[n] = None
+    return now
+
+
+def _read(
+    model: Model, params: PyTree, prompts: Sequence[dict[int, _Live]], slots: Slots
+) -> Sequence[tuple[Array, Array]]:
+    """Keys and values of each device's prompts, the last token of each left out."""
+    ids = [[live.request.prompt[:-1] for live in known.values()] for known in prompts]
+    longest, half = max(len(p) for known in ids for p in known), -(-slots.max_prompt_len // 2)
+    length = half if longest <= half else slots.max_prompt_len
+    N, P = slots.prompt_blocks, slots.prompt_block
+    tokens = np.zeros((N, slots.devices, P, length), np.int32)
+    valid = np.zeros(tokens.shape, bool)
+    for device, known in enumerate(ids):
+        for number, prompt in enumerate(known):
+            at = number // P, device, number % P, slice(length - len(prompt), length)
+            tokens[at], valid[at] = prompt, True
+    blocks = [x.reshape(N, -1, length) for x in (tokens, valid)]
+    if slots.mesh is not None:
+        blocks = jax.device_put(blocks, NamedSharding(slots.mesh, PartitionSpec(None, ROW_AXES)))
+    count = np.int32(-(-max(map(len, ids)) // P))
+    return _prefill(model, params, *blocks, count, slots.max_prompt_len)
+
+
+def _extend(
+    live: _Live,
+    tokens: np.ndarray,
+    logp: np.ndarray,
+    rule: SamplingRule,
+    find_stop: Callable[[list[int]], int | None],
+) -> str:
+    """Adds newly decoded tokens to a response. Returns the reason if that ends it, else ""."""
+    tokens = tokens[: live.request.max_len - len(live.tokens)]
+    ends = np.flatnonzero(np.isin(tokens, rule.stop_ids))[:1] + 1
+    count = int(ends[0]) if len(ends) else len(tokens)
+    live.tokens += tokens[:count].tolist()
+    live.logp += logp[:count].tolist()
+    kept = find_stop(live.tokens)
+    if kept is not None:
+        del live.tokens[kept:], live.logp[kept:]
+        return "string"
+    if len(ends):
+        return "stop"
+    return "length" if len(live.tokens) == live.request.max_len else ""
+
+
+def sample_keys(
+    seed: int, step: int, prompt_numbers: Sequence[int], group_size: int
+) -> np.ndarray:
+    """Key data u32 [P, G, 2], folded from (seed, step, prompt number, sample number)."""
+    return np.asarray(_sample_keys(seed, step, np.asarray(prompt_numbers, np.uint32), group_size))
+
+
+@partial(jax.jit, static_argnames="group_size")
+def _sample_keys(seed: int, step: int, numbers_P: Array, group_size: int) -> Array:
     step_key = jax.random.fold_in(jax.random.key(seed), step)
 
     def group(number: Array) -> Array:
         prompt_key = jax.random.fold_in(step_key, number)
         return jax.vmap(partial(jax.random.fold_in, prompt_key))(jnp.arange(group_size))
 
-    return jax.vmap(group)(jnp.asarray(prompt_numbers, jnp.uint32))
+    return jax.random.key_data(jax.vmap(group)(numbers_P))
 
-
-def left_pad(
-    prompts: Sequence[Sequence[int]], length: int, pad_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids i32 [P, S] and their validity bool [P, S].
-
-    Raises:
-      ValueError: a prompt has more than `length` tokens.
-    """
-    tokens = np.full((len(prompts), length), pad_id, np.int32)
-    valid = np.zeros((len(prompts), length), bool)
-    for row, prompt in enumerate(prompts):
-        if len(prompt) > length:
-            raise ValueError(
-                f"rollout.max_prompt_len: a prompt has {len(prompt)} tokens, at most {length} fit; "
-                "raise the limit or drop the prompt."
-            )
-        tokens[row, length - len(prompt) :] = prompt
-        valid[row, length - len(prompt) :] = True
-    return tokens, valid

@@ -90,6 +90,26 @@ class ChatTokenizer:
         )
 
 
+def stop_finder(
+    decode: Callable[[list[int]], str], strings: Sequence[str]
+) -> Callable[[list[int]], int | None]:
+    """A function: tokens of a response -> how many, at least, have one of the strings in their text.
+
+    None where the text has none of them.
+    """
+
+    def has_string(tokens: list[int]) -> bool:
+        text = decode(tokens)
+        return any(string in text for string in strings)
+
+    def find(tokens: list[int]) -> int | None:
+        if not strings or not has_string(tokens):
+            return None
+        return next(n for n in range(1, len(tokens) + 1) if has_string(tokens[:n]))
+
+    return find
+
+
 def stream_text(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
     """Pieces of text for tokens that come one by one; together they are `decode` of all tokens.
 

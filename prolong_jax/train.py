@@ -37,6 +37,13 @@ from prolong_jax.config import (
 from prolong_jax.data.mixture import Position, Sources, next_prompts, open_sources, record
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.evaluate import evaluate, held_out_prompts
+from prolong_jax.groups import (
+    Group,
+    conversations,
+    group_from_dict,
+    sample_rows,
+    statistics,
+)
 from prolong_jax.mesh import fetch, make_mesh
 from prolong_jax.metrics import Progress, Writer, final_table, open_writer
 from prolong_jax.models.decoder import Model, for_training
@@ -44,17 +51,7 @@ from prolong_jax.models.hf import load_model
 from prolong_jax.optimizer import make_optimizer, opt_state_shardings
 from prolong_jax.processes import StopSignal, Timer, write_json
 from prolong_jax.report import write_report
-from prolong_jax.rollout import (
-    Collector,
-    Cursor,
-    Group,
-    collect,
-    conversations,
-    group_from_dict,
-    sample_rows,
-    sampling_copy,
-    statistics,
-)
+from prolong_jax.rollout import Collector, Cursor, collect, sampling_copy
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.types import PyTree, TrainState
 from prolong_jax.update import make_score, make_update, pack, put_rows, reset_reference
@@ -158,7 +155,7 @@ def train_step(
     for metrics in updates:
         skipped = metrics["update/skipped_nonfinite"] > 0
         host.skipped_in_a_row = host.skipped_in_a_row + 1 if skipped else 0
-    row = statistics(kept, sampled, host.cursor) | {
+    row = statistics(kept, sampled, len(host.cursor.surplus)) | {
         name: float(np.mean([m[name] for m in updates])) for name in (updates or [{}])[0]
     }
     if updates:
@@ -209,17 +206,19 @@ def train(run: RunConfig, workdir: Path) -> int:
     """
     started = time.monotonic()
     processes.start(run.mesh)
+    processes.take_compilations()  # from now on they are counted
     refuse_other_workdir(run, workdir)
     mesh = make_mesh(run.mesh)
     dtype = jnp.dtype(run.model.dtype)
     model, params = load_model(run.model.path, dtype, mesh, random=run.model.random)
     tokenizer = ChatTokenizer(run.model.path)
     refuse_unfit_model(run, model, tokenizer)
-    sources = open_sources(run, lambda prompt: len(tokenizer.encode_chat(prompt.messages)[0]))
+    sources = open_sources(run, lambda prompt: prompt_len(prompt, tokenizer, run))
     name = "faults.jsonl" if processes.is_first() else f"faults_{jax.process_index()}.jsonl"
     with open_pool(run.verifiers, workdir / name) as pool:
         pool.check(DOMAINS)
         workdir.mkdir(parents=True, exist_ok=True)
+        processes.keep_compilations(workdir / "compiled")
         write_json(workdir / "config.json", to_dict(run))
         collector = Collector(model, mesh, tokenizer, pool, run.seed)
         trained = for_training(model, mesh, run.model)
@@ -334,12 +333,15 @@ def report_row(
     row: dict[str, Any], host: Host, timer: Timer, begin: float, writer: Writer, view: Progress
 ) -> None:
     """Adds times to a metrics row, writes and shows it."""
-    seconds, phases = time.monotonic() - begin, timer.take()
+    seconds, (phases, timeline) = time.monotonic() - begin, timer.take()
     host.wall_s += seconds
     host.rl_wall_s += seconds
     add_phases(host, phases)
     row |= {f"time/{phase}_s": spent for phase, spent in phases.items()}
     row |= {"step": host.progress.step, "time_s": host.wall_s, "time/step_s": seconds}
+    row["time/idle_s"] = max(0.0, seconds - sum(phases.values()))
+    row["timeline"] = [[name, round(start, 3), round(end, 3)] for name, start, end in timeline]
+    row |= processes.take_compilations()
     if "tokens/generated" in row:
         row["tokens/per_s"] = row["tokens/generated"] / seconds
     writer.step(row)
@@ -374,7 +376,7 @@ def finish(setup: Setup, state: TrainState, host: Host, workdir: Path, view: Pro
     samples = setup.run.validation.final_samples
     final, _ = validate(setup, state, host.progress.step, samples, timer)
     seconds = time.monotonic() - begin
-    add_phases(host, timer.take())
+    add_phases(host, timer.take()[0])
     summary = {
         "steps": host.progress.step,
         "wall_s": host.wall_s + seconds,
@@ -446,6 +448,13 @@ def refuse_unfit_model(run: RunConfig, model: Model, tokenizer: ChatTokenizer) -
             f"model.path: the tokenizer has the token id {tokenizer.largest_id}, the model only "
             f"{model.config.vocab_size} tokens; use the tokenizer that belongs to the model."
         )
+
+
+def prompt_len(prompt: Prompt, tokenizer: ChatTokenizer, run: RunConfig) -> int:
+    """Tokens of a prompt as it is sampled from."""
+    length = len(tokenizer.encode_chat(prompt.messages)[0])
+    limit = run.rollout.max_prompt_len
+    return min(length, limit) if run.rollout.long_prompts == "truncate" else length
 
 
 def initial_state(run: RunConfig, params: PyTree) -> TrainState:

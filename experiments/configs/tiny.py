@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
                 "max_prompt_len": 64,
                 "max_response_len": 128,
                 "sample_rows": 192,
+                "cache_lens": 4,
                 "max_sampling_rounds": 2,
             },
             "loss": {"kl_coef": 1e-3},

@@ -1,0 +1,117 @@
+"""Groups of responses: what the verdicts make of them, for the update and for the records."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from prolong_jax.advantages import group_advantage, is_dead, stop_properly
+from prolong_jax.config import RolloutSettings
+from prolong_jax.data.prompts import Prompt
+from prolong_jax.update import Conversation
+from prolong_jax.verifiers import Status
+
+
+@dataclass(frozen=True)
+class Group:
+    """The responses to one prompt, with their verdicts. Lists are over the G responses."""
+
+    prompt: Prompt
+    prompt_tokens: list[int]
+    tokens: list[list[int]]  # stop token included
+    logp: list[list[float]]  # nats, of the distribution that was sampled
+    stopped: list[bool]  # ended by a stop token or string, not by the budget
+    texts: list[str]
+    scores: list[float]  # raw rewards in [0, 1]
+    statuses: list[str]  # of the verdicts
+    details: list[str]
+    step: int  # training step whose policy sampled it
+    truncated: bool = False  # the prompt lost its beginning
+
+    @property
+    def scored(self) -> np.ndarray:
+        """bool [G]: false where the verifier itself failed."""
+        return np.array([status != Status.ERROR for status in self.statuses])
+
+    @property
+    def is_dead(self) -> bool:
+        return bool(is_dead(np.array(self.scores), self.scored))
+
+
+def advantages(group: Group, settings: RolloutSettings) -> np.ndarray:
+    """f64 [G]: advantages from the shaped rewards; the raw ones decided whether the group lives."""
+    shaped = stop_properly(
+        np.array(group.scores), np.array(group.stopped), coef=settings.stop_properly
+    )
+    return group_advantage(shaped, group.scored)
+
+
+def conversations(group: Group, settings: RolloutSettings) -> list[Conversation]:
+    """The group as the update wants it; responses that were not scored are left out."""
+    prompt = np.array(group.prompt_tokens, np.int32)
+    return [
+        Conversation(prompt, np.array(tokens, np.int32), np.array(logp, np.float32), float(a))
+        for tokens, logp, a, scored in zip(
+            group.tokens, group.logp, advantages(group, settings), group.scored, strict=True
+        )
+        if scored
+    ]
+
+
+def statistics(kept: Sequence[Group], sampled: Sequence[Group], surplus: int) -> dict[str, float]:
+    """Metrics of a collection. Rewards are raw and over all that was sampled, dead groups too."""
+    rewards: dict[str, list[float]] = {}
+    lengths = [len(tokens) for g in sampled for tokens in g.tokens]
+    statuses = [status for g in sampled for status in g.statuses]
+    for g in sampled:
+        rewards.setdefault(g.prompt.domain, []).extend(np.array(g.scores)[g.scored])
+    dead = [np.array(g.scores)[g.scored] for g in sampled if g.is_dead]
+    row = {f"reward/{domain}": float(np.mean(r)) for domain, r in rewards.items() if r}
+    if sampled:
+        row |= {
+            "reward/mean": float(np.mean([r for rs in rewards.values() for r in rs])),
+            "response/len_mean": float(np.mean(lengths)),
+            "response/len_max": max(lengths),
+            "response/terminated": float(np.mean([s for g in sampled for s in g.stopped])),
+        }
+    return row | {
+        "groups/kept": len(kept),
+        "groups/all_zero": sum(len(r) > 0 and r.max() == 0 for r in dead),
+        "groups/all_one": sum(len(r) > 0 and r.min() == 1 for r in dead),
+        "groups/equal": len(dead),
+        "groups/surplus": surplus,
+        "groups/stale": sum(g.step < max(g.step for g in kept) for g in kept),
+        "prompts/truncated": sum(g.truncated for g in sampled),
+        "verify/timeouts": statuses.count(Status.TIMEOUT),
+        "verify/errors": statuses.count(Status.ERROR),
+        "tokens/generated": sum(lengths),
+    }
+
+
+def sample_rows(
+    groups: Sequence[Group], settings: RolloutSettings, step: int
+) -> list[dict[str, Any]]:
+    """The first response of each group as a row of samples.jsonl."""
+    return [
+        {
+            "step": step,
+            "domain": group.prompt.domain,
+            "level": group.prompt.level,
+            "prompt": group.prompt.messages[-1]["content"],
+            "response": group.texts[0],
+            "score": group.scores[0],
+            "status": group.statuses[0],
+            "detail": group.details[0],
+            "advantage": float(advantages(group, settings)[0]),
+            "stopped": group.stopped[0],
+        }
+        for group in groups
+    ]
+
+
+def group_from_dict(values: Mapping[str, Any]) -> Group:
+    """The inverse of `dataclasses.asdict` after a JSON round trip."""
+    prompt = dict(values["prompt"])
+    prompt["messages"] = tuple(prompt["messages"])
+    return Group(**{**values, "prompt": Prompt(**prompt)})
