@@ -10,13 +10,17 @@ The order of a resume:
    (seed, step, prompt, sample).
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from prolong_jax.config import CheckpointSettings
+from prolong_jax.mesh import fetch
 from prolong_jax.types import PyTree, TrainState
 
 
@@ -96,3 +100,11 @@ class Checkpointer:
         """Waits until the last save is complete."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def params_sha256(mesh: Mesh, params: PyTree) -> str:
+    """Hash of the weights in the order of their names."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(fetch(mesh, leaf)).tobytes())
+    return digest.hexdigest()

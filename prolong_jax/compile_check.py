@@ -35,15 +35,26 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prolong_jax import sampler
-from prolong_jax.config import ASSETS, RunConfig, check, for_stage, load, packing
-from prolong_jax.mesh import ROW_AXES, ROWS, make_mesh, param_shardings, replicated
-from prolong_jax.models.decoder import Model, ModelConfig, for_training
+from prolong_jax.config import ASSETS, RunConfig, check, for_stage, load, packing, row_layout
+from prolong_jax.mesh import (
+    ROW_AXES,
+    ROWS,
+    make_mesh,
+    param_shardings,
+    replicated,
+    sampling_shardings,
+)
+from prolong_jax.models.attention import Layout
+from prolong_jax.models.decoder import Model, ModelConfig, cast_for_sampling, for_training
 from prolong_jax.models.hf import read_config
+from prolong_jax.next_token import SamplingRule
 from prolong_jax.optimizer import make_optimizer, opt_state_shardings
-from prolong_jax.rollout import cast_for_sampling, prompts_at_once
+from prolong_jax.packing import pack
 from prolong_jax.roofline import DEVICES, Device, demand, floors
+from prolong_jax.sampler import cache_spec
+from prolong_jax.slots import slots_of
 from prolong_jax.types import PyTree, TrainState
-from prolong_jax.update import make_score, make_update, pack
+from prolong_jax.update import make_score, make_update
 
 PROGRAMS = ("update", "score", "prefill", "decode")
 TPUS, GPUS = ("v4", "v5e", "v5p", "v6e"), ("h100", "h200")
@@ -165,11 +176,11 @@ def programs(run: RunConfig, mesh: Mesh, model: Model, only: Sequence[str]) -> I
     if "update" in only or "score" in only:
         sizes = packing(run)
         shape = (sizes["micro_batches"], sizes["micro_batch_rows"], sizes["row_len"])
-        example, _ = pack([], row_len=1, micro_batch_rows=1, micro_batches=1)
+        example, _ = pack([], row_len=1, micro_batch_rows=1, micro_batches=1, layout=Layout())
         batch = _sharded(example, NamedSharding(mesh, P(None, ROW_AXES)), shape)
         tokens = shape[1] * shape[2]
         forward = forward_flops(model.config, tokens, shape[2] / 2, tokens)
-        trained = for_training(model, mesh, run.model)
+        trained = for_training(model, mesh, run.model, row_layout(run))
         temperature, optimizer = run.rollout.temperature, make_optimizer(run.optimizer)
         if "update" in only:
             update = make_update(trained, optimizer, mesh, run.loss, temperature)
@@ -183,26 +194,43 @@ def programs(run: RunConfig, mesh: Mesh, model: Model, only: Sequence[str]) -> I
 def _sampling(
     run: RunConfig, mesh: Mesh, model: Model, only: Sequence[str], state: TrainState
 ) -> Iterator[Program]:
-    settings, rows = run.rollout, NamedSharding(mesh, ROWS)
-    G, S, T = settings.group_size, settings.max_prompt_len, settings.max_response_len
-    count = prompts_at_once(settings, G, mesh)
-    rule = sampler.SamplingRule(T, (0,), 0, settings.temperature)
+    """All slots taken, in the longest cache, and as many prompts as are read at once.
+
+    All hosts together, each with `sample_rows`: compilers do not take a part of a topology.
+    """
+    config, hosts = model.config, len({d.process_index for d in mesh.devices.flat})
+    total = dataclasses.replace(run.rollout, sample_rows=hosts * run.rollout.sample_rows)
+    slots = slots_of(total, mesh)
+    rule = SamplingRule((0,), run.rollout.temperature)
     cast = jax.eval_shape(lambda params: cast_for_sampling(model, params), state.params)
-    params = _sharded(cast, replicated(mesh))
-    keys = jax.eval_shape(lambda: sampler.sample_keys(0, 0, range(count), G))
-    prompts = jax.ShapeDtypeStruct((count, S), jnp.int32, sharding=rows)
-    valid = jax.ShapeDtypeStruct((count, S), jnp.bool, sharding=rows)
-    arguments = (model, params, prompts, valid, _sharded(keys, rows), rule)
+    params = jax.tree.map(_struct, cast, sampling_shardings(mesh, cast))
+    rows, columns = slots.most * slots.devices, slots.all_cache_lens[-1]
+    heads = NamedSharding(mesh, cache_spec(config.num_kv_heads, mesh))
+    shape = (rows, config.num_kv_heads, config.head_dim, columns)
+    keys = jax.ShapeDtypeStruct(shape, model.dtype, sharding=heads)
+    values = jax.ShapeDtypeStruct((*shape[:2], *shape[:1:-1]), model.dtype, sharding=heads)
+    cache = ((keys, values),) * config.num_layers
+
+    def of_rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=NamedSharding(mesh, ROWS))
+
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     if "prefill" in only:
-        flops = forward_flops(model.config, count * S, S / 2, count * G)
-        yield Program("prefill", sampler._prefill, arguments, flops, state)
-    if "decode" in only:
-        sampled = _sharded(jax.eval_shape(sampler._prefill, *arguments), rows)
-        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-        flops = forward_flops(model.config, count * G, S + T / 2, count * G)
-        yield Program(
-            "decode", sampler._decode, (model, params, sampled, step, 0, rule), flops, state
+        P_, T = slots.prompt_block * slots.devices, run.rollout.max_prompt_len
+        blocks = NamedSharding(mesh, P(None, ROW_AXES))
+        tokens, valid = (
+            jax.ShapeDtypeStruct((slots.prompt_blocks, P_, T), dtype, sharding=blocks)
+            for dtype in (jnp.int32, jnp.bool)
         )
+        flops = forward_flops(config, P_ * T, T / 2, 0)
+        arguments = (model, params, tokens, valid, number, T)
+        yield Program("prefill", sampler._prefill, arguments, flops, (state, cache))
+    if "decode" in only:
+        key, each, done = of_rows(jnp.uint32, 2), of_rows(jnp.int32), of_rows(jnp.bool)
+        state_of_rows = sampler._Rows(key, each, each, each, each, done)
+        flops = forward_flops(config, rows, columns, rows)
+        arguments = (model, params, cache, state_of_rows, number, number, rule, slots.chunk)
+        yield Program("decode", sampler._decode, arguments, flops, state)
 
 
 def _state(run: RunConfig, mesh: Mesh, model: Model) -> TrainState:

@@ -61,6 +61,7 @@ class RolloutSettings:
     stop_strings: tuple[str, ...] = ()  # that end a response, beside the model's stop tokens
     sample_rows: int = 256  # responses that a process samples at once; bounds its KV cache
     cache_lens: int = 8  # sizes of the KV cache: more of them compile longer and read less in vain
+    compile_ahead: bool = True  # compile for all sizes of the cache at the start, not when met
     stop_properly: float = 1.0  # factor on the reward of unterminated responses; < 0 replaces it
 
 
@@ -358,11 +359,7 @@ def check(run: RunConfig) -> None:
             source.weight >= 0,
             f"'data.sources.{name}.weight' must be 0 or more, got {source.weight}.",
         )
-    _require(
-        run.validation.top_k >= 0 and 0 <= run.validation.min_p < 1 and run.validation.top_p <= 1,
-        f"'validation.top_k' must be 0 or more, 'validation.min_p' in [0, 1) and 'validation.top_p' "
-        f"in (0, 1], got {run.validation.top_k}, {run.validation.min_p} and {run.validation.top_p}.",
-    )
+    _check_validation(run.validation)
     _check_processes(run.mesh)
     for index, stage in enumerate(run.stages):
         _check_positive(for_stage(run, index))
@@ -388,6 +385,15 @@ def check(run: RunConfig) -> None:
                 sum(weights.values()) > 0 and min(weights.values()) >= 0,
                 f"{where} has no positive weight, so there is no data to draw.",
             )
+
+
+def _check_validation(settings: ValidationSettings) -> None:
+    top_k, top_p, min_p = settings.top_k, settings.top_p, settings.min_p
+    _require(
+        top_k >= 0 and top_p <= 1 and 0 <= min_p < 1,
+        "'validation.top_k' must be 0 or more, 'validation.top_p' in (0, 1] and 'validation.min_p' "
+        f"in [0, 1), got {top_k}, {top_p} and {min_p}.",
+    )
 
 
 def _check_processes(mesh: MeshSettings) -> None:
@@ -497,13 +503,22 @@ def packing(run: RunConfig) -> dict[str, int]:
     """Sizes of a packed mini-batch, with room for the worst case."""
     rollout, update = run.rollout, run.update
     samples = rollout.prompts_per_step // update.num_minibatches * rollout.group_size
-    per_row = update.row_len // (rollout.max_prompt_len + rollout.max_response_len)
-    rows = -(-samples // per_row)
+    _, lanes = row_layout(run)
+    per_row = min(lanes, update.row_len // (rollout.max_prompt_len + rollout.max_response_len))
+    rows = samples // rollout.group_size * -(-rollout.group_size // per_row)
     return {
         "row_len": update.row_len,
         "micro_batch_rows": update.micro_batch_rows,
         "micro_batches": -(-rows // update.micro_batch_rows),
     }
+
+
+def row_layout(run: RunConfig) -> tuple[int, int]:
+    """Of a packed row: slots for prompts that are shared, and lanes, each for one response at least."""
+    rollout, row_len = run.rollout, run.update.row_len
+    room = row_len - max(1, rollout.max_prompt_len - 1)
+    lanes = max(1, room // (rollout.max_response_len + 1))
+    return row_len - room // lanes * lanes, lanes
 
 
 def refuse_other(run: RunConfig, saved: Mapping[str, Any], workdir: str | Path) -> None:

@@ -17,10 +17,11 @@ from prolong_jax.data.procedural import validation_prompts
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.groups import Group
 from prolong_jax.mesh import make_mesh
+from prolong_jax.models.decoder import sampling_copy
 from prolong_jax.models.hf import load_model
 from prolong_jax.next_token import SamplingRule
 from prolong_jax.processes import Timer, start
-from prolong_jax.rollout import Collector, Plan, sample_groups, sampling_copy
+from prolong_jax.rollout import Collector, Plan, sample_groups
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.types import PyTree
 from prolong_jax.verifiers.pool import open_pool
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with open_pool(run.verifiers) as pool:
             pool.check(DOMAINS)
             collector = Collector(model, mesh, tokenizer, pool, run.seed)
-            params = sampling_copy(collector, params)
+            params = sampling_copy(model, mesh, params)
             prompts, samples = held_out_prompts(run), run.validation.final_samples
             table, groups = evaluate(collector, params, prompts, samples, run, 0, Timer())
     except ValueError as error:

@@ -9,7 +9,7 @@ import numpy as np
 from prolong_jax.advantages import group_advantage, is_dead, stop_properly
 from prolong_jax.config import RolloutSettings
 from prolong_jax.data.prompts import Prompt
-from prolong_jax.update import Conversation
+from prolong_jax.packing import Conversation
 from prolong_jax.verifiers import Status
 
 

@@ -138,7 +138,8 @@ def local_arrays(mesh: Mesh, values: PyTree) -> PyTree:
     def one(x: jax.Array) -> jax.Array:
         parts = {shard.device: shard.data for shard in x.addressable_shards}
         ordered = [parts[device] for device in local.devices.flat]
-        sharding = NamedSharding(local, x.sharding.spec)
+        found: Any = x.sharding
+        sharding = NamedSharding(local, found.spec)
         return jax.make_array_from_single_device_arrays(x.shape, sharding, ordered)
 
     return jax.tree.map(one, values)

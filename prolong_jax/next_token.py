@@ -1,6 +1,8 @@
-"""How the next token is drawn: temperature, top-k, top-p, min-p, and the draw itself."""
+"""How the next token is drawn: temperature, top-k, top-p, min-p, keys, and the draw itself."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -74,3 +76,19 @@ def _invert(p_BX: Array, target_B: Array) -> tuple[Array, Array]:
     index_B1 = jnp.minimum((ends_BX <= target_B[:, None]).sum(-1), last_B)[:, None]
     before_BX = ends_BX - p_BX
     return index_B1, jnp.take_along_axis(before_BX, index_B1, axis=-1)[:, 0]
+
+
+def sample_keys(seed: int, step: int, prompt_numbers: Sequence[int], group_size: int) -> np.ndarray:
+    """Key data u32 [P, G, 2], folded from (seed, step, prompt number, sample number)."""
+    return np.asarray(_sample_keys(seed, step, np.asarray(prompt_numbers, np.uint32), group_size))
+
+
+@partial(jax.jit, static_argnames="group_size")
+def _sample_keys(seed: int, step: int, numbers_P: Array, group_size: int) -> Array:
+    step_key = jax.random.fold_in(jax.random.key(seed), step)
+
+    def group(number: Array) -> Array:
+        prompt_key = jax.random.fold_in(step_key, number)
+        return jax.vmap(partial(jax.random.fold_in, prompt_key))(jnp.arange(group_size))
+
+    return jax.random.key_data(jax.vmap(group)(numbers_P))

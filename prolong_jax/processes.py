@@ -203,12 +203,12 @@ def _compilations() -> dict[str, float]:
     """Number and seconds of all compilations from the first call on, said one by one."""
     found = {"compile/programs": 0, "time/compile_s": 0.0}
 
-    def note(event: str, seconds: float, **kwargs: Any) -> None:
+    def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.endswith("backend_compile_duration"):
             found["compile/programs"] += 1
-            found["time/compile_s"] += seconds
-            if seconds >= ANNOUNCED_S:
-                print(f"compiled {kwargs.get('fun_name', 'a program')} in {seconds:.1f} s")
+            found["time/compile_s"] += duration_secs
+            if duration_secs >= ANNOUNCED_S:
+                print(f"compiled {kwargs.get('fun_name', 'a program')} in {duration_secs:.1f} s")
 
     jax.monitoring.register_event_duration_secs_listener(note)
     return found
@@ -224,7 +224,7 @@ def take_compilations() -> dict[str, float]:
 
 def keep_compilations(directory: Path) -> None:
     """Keeps compiled programs in a directory, unless JAX_COMPILATION_CACHE_DIR names one."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

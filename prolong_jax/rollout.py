@@ -9,21 +9,22 @@ for the next one; their older sampler is corrected for by the importance weight 
 
 import time
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from prolong_jax.config import RolloutSettings
 from prolong_jax.data.mixture import Position
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.groups import Group
-from prolong_jax.mesh import local_arrays, local_mesh, sampling_shardings
+from prolong_jax.mesh import local_mesh
 from prolong_jax.models.decoder import Model
-from prolong_jax.next_token import SamplingRule
+from prolong_jax.next_token import SamplingRule, sample_keys
 from prolong_jax.processes import Timer, dealt, share
-from prolong_jax.sampler import Request, Sample, Slots, generate, sample_keys
+from prolong_jax.sampler import compile_ahead, generate
+from prolong_jax.slots import Request, Sample, Slots, slots_of
 from prolong_jax.tokenizer import ChatTokenizer, stop_finder
 from prolong_jax.types import PyTree
 from prolong_jax.verifiers import Verdict
@@ -47,6 +48,7 @@ class Collector:
     tokenizer: ChatTokenizer
     pool: Pool
     seed: int
+    compiled: set[tuple[SamplingRule, Slots]] = field(default_factory=set)  # ahead of their use
 
 
 @dataclass(frozen=True)
@@ -70,39 +72,6 @@ class _Open:
     samples: dict[int, Sample] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
     verdicts: dict[int, Verdict] = field(default_factory=dict)
-
-
-def cast_for_sampling(model: Model, params: PyTree) -> PyTree:
-    """The weights in the dtype of the products.
-
-    Scales of norms stay in float32, as the trainer has them.
-    """
-
-    def cast(path: tuple, x: jax.Array) -> jax.Array:
-        return x if path[-1].key == "scale" else x.astype(model.dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def sampling_copy(collector: Collector, params: PyTree) -> PyTree:
-    """The weights on the local devices in the dtype and layout of the sampler.
-
-    What has both already is passed on, not copied.
-    """
-    shardings = sampling_shardings(collector.mesh, params)
-    cast = jax.jit(cast_for_sampling, static_argnums=0, out_shardings=shardings)
-    return local_arrays(collector.mesh, cast(collector.model, params))
-
-
-def slots_of(settings: RolloutSettings, mesh: Mesh) -> Slots:
-    """The sampler's sizes on the local devices."""
-    return Slots(
-        rows=settings.sample_rows,
-        max_prompt_len=settings.max_prompt_len,
-        max_response_len=settings.max_response_len,
-        cache_lens=settings.cache_lens,
-        mesh=mesh,
-    )
 
 
 def sample_groups(
@@ -147,6 +116,10 @@ class _Rounds:
           The groups of each round.
         """
         plan, pool, submitted = self.plan, self.collector.pool, 0.0
+        sizes = plan.rule, self.slots
+        if plan.settings.compile_ahead and sizes not in self.collector.compiled:
+            compile_ahead(self.collector.model, params, *sizes)
+            self.collector.compiled.add(sizes)
 
         def ask(free: int) -> list[Request]:
             if not self.sizes:
@@ -210,17 +183,16 @@ class _Rounds:
         if len(group.samples) == self.plan.group_size:
             self.complete.append(group)
         prompt, item_id = group.prompt, (sample.id, sample.index)
-        self.collector.pool.submit(
-            item_id, prompt.verifier, group.opening + text, prompt.reference
-        )
+        self.collector.pool.submit(item_id, prompt.verifier, group.opening + text, prompt.reference)
 
-    def _note(self, verdicts: Iterable[tuple[Hashable, Verdict]]) -> None:
+    def _note(self, verdicts: Iterable[tuple[Any, Verdict]]) -> None:
         for (number, index), verdict in verdicts:
             self.groups[number].verdicts[index] = verdict
 
     def _closed(self, group: _Open) -> Group:
         order = range(self.plan.group_size)
-        samples, verdicts = ([by[i] for i in order] for by in (group.samples, group.verdicts))
+        samples = [group.samples[i] for i in order]
+        verdicts = [group.verdicts[i] for i in order]
         return Group(
             prompt=group.prompt,
             prompt_tokens=group.tokens,
@@ -251,7 +223,6 @@ def collect(
     tells the others when their turn comes. Which rounds there are depends on the rewards alone.
 
     Args:
-      collector: model, tokenizer, verifiers.
       params: the policy, as from `sampling_copy`.
       cursor: position and surplus; changed in place.
       next_prompts: (position, count) -> the prompts there, and the position behind them.

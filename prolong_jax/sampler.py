@@ -10,11 +10,12 @@ A sample is a function of (params, prompt, key): its random numbers come from it
 index of the token, never from the batch around it.
 """
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,80 +27,8 @@ from prolong_jax.mesh import ROW_AXES, by_rows
 from prolong_jax.models.attention import causal_mask
 from prolong_jax.models.decoder import Cache, Model, positions_of
 from prolong_jax.next_token import SamplingRule, draw, sampled_logits
+from prolong_jax.slots import Request, Sample, Slots
 from prolong_jax.types import Array, PyTree
-
-CHUNK = 64  # tokens that are decoded between two looks of the host, at most
-ALIGNED = 16  # a cache has a multiple of so many columns
-PREFILL_TOKENS = 256  # of short prompts that a device reads together
-PREFILL_LIMIT = 8192  # tokens of prompts that come in at once, on each device
-
-
-class Request(NamedTuple):
-    """One prompt, to be answered G times."""
-
-    id: Hashable
-    prompt: Sequence[int]  # token ids, at least one
-    keys: np.ndarray  # u32 [G, 2] data of a random key per response, as from `sample_keys`
-    max_len: int  # tokens of a response, at most
-
-
-class Sample(NamedTuple):
-    """One finished response, on the host."""
-
-    id: Hashable  # of the request
-    index: int  # in the group
-    tokens: list[int]  # stop token included
-    logp: list[float]  # nats, under the distribution that was sampled
-    reason: str  # why it ended: "stop" (a stop token), "string" (a stop string) or "length"
-
-
-@dataclass(frozen=True)
-class Slots:
-    """How much is sampled at once, and so what is compiled. Sizes are those of all local devices."""
-
-    rows: int  # responses at once, at most; bounds the memory of the cache
-    max_prompt_len: int  # tokens
-    max_response_len: int  # tokens
-    cache_lens: int = 8  # sizes of the cache: more of them compile longer and read less in vain
-    chunk: int = CHUNK
-    mesh: Mesh | None = None  # of the local devices; None: one device
-
-    @property
-    def devices(self) -> int:
-        """How many devices share the rows."""
-        return 1 if self.mesh is None else int(np.prod([self.mesh.shape[a] for a in ROW_AXES]))
-
-    @property
-    def most(self) -> int:
-        """Rows of each device."""
-        return max(1, self.rows // self.devices)
-
-    @property
-    def row_counts(self) -> list[int]:
-        """The rows that a device may have: all, a half, a quarter or an eighth."""
-        return sorted({-(-self.most // part) for part in (1, 2, 4, 8)})
-
-    def row_count(self, live: int) -> int:
-        return next(count for count in self.row_counts if count >= live)
-
-    @property
-    def quantum(self) -> int:
-        """The columns of a cache are a multiple of this."""
-        total = self.max_prompt_len + self.max_response_len
-        return ALIGNED * -(-total // (ALIGNED * self.cache_lens))
-
-    def cache_len(self, columns: int) -> int:
-        return self.quantum * -(-columns // self.quantum)
-
-    @property
-    def prompt_block(self) -> int:
-        """Prompts that a device reads together."""
-        return max(1, min(self.most, PREFILL_TOKENS // self.max_prompt_len))
-
-    @property
-    def prompt_blocks(self) -> int:
-        limit = max(1, min(self.most, PREFILL_LIMIT // self.max_prompt_len))
-        return -(-limit // self.prompt_block)
 
 
 @dataclass(eq=False)
@@ -124,12 +53,12 @@ class _Live:
 class _Rows(NamedTuple):
     """What the devices know of each row."""
 
-    key: Array  # u32 [B, 2] data of the response's key
-    token: Array  # i32 [B] the newest token
-    position: Array  # i32 [B] of it
-    length: Array  # i32 [B] tokens of the response
-    max_len: Array  # i32 [B]
-    done: Array  # bool [B] finished, or an empty slot
+    key: Any  # u32 [B, 2] data of the response's key
+    token: Any  # i32 [B] the newest token
+    position: Any  # i32 [B] of it
+    length: Any  # i32 [B] tokens of the response
+    max_len: Any  # i32 [B]
+    done: Any  # bool [B] finished, or an empty slot
 
 
 # --- on the devices --------------------------------------------------------------------------------
@@ -167,8 +96,8 @@ def _prefill(
 
 @partial(jax.jit, static_argnames=("columns", "mesh"))
 def _arrange(
-    old: tuple[Array, Array] | None,
-    prompts: tuple[Array, Array] | None,
+    old: Any,
+    prompts: Any,
     source_B: Array,
     is_new_B: Array,
     shift: Array,
@@ -200,7 +129,9 @@ def _arrange(
             if prompts is not None:
                 read = prompts[i].reshape(-1, *prompts[i].shape[2:])
                 read = place(read, read.shape[axis] - clock, axis)[source_B]
-                rows = read if rows is None else jnp.where(is_new_B[:, None, None, None], read, rows)
+                rows = (
+                    read if rows is None else jnp.where(is_new_B[:, None, None, None], read, rows)
+                )
             out.append(rows)
         return tuple(out)
 
@@ -296,7 +227,8 @@ def generate(
     """
     waiting: deque[_Live] = deque()
     held: list[_Live | None] = []  # by slot
-    cache, clock, finished = [], 0, []
+    cache: list[Any] = []  # keys and values of each layer
+    clock, finished = 0, []
     while True:
         if not waiting:
             free = slots.most * slots.devices - sum(map(bool, held))
@@ -313,22 +245,40 @@ def generate(
             yield from finished
             finished = []
             continue
-        rows = _put(_Rows(*map(np.stack, zip(*map(_row, held), strict=True))), slots)
+        rows = _put(_stacked(held), slots)
         least = np.int32(_least(held, waiting, slots))
         at = np.int32(clock)
         decoded, *out = _decode(model, params, tuple(cache), rows, at, least, rule, slots.chunk)
         cache = list(decoded)
         yield from finished  # the devices are at work meanwhile
         tokens, logp, steps = jax.device_get(out)
-        clock, finished = clock + int(steps), []
-        for slot, live in enumerate(held):
-            if live is not None:
-                reason = _extend(live, tokens[slot, :steps], logp[slot, :steps], rule, find_stop)
-                if reason:
-                    finished.append(
-                        Sample(live.request.id, live.index, live.tokens, live.logp, reason)
-                    )
-                    held[slot] = None
+        clock += int(steps)
+        finished = _harvested(held, tokens[:, :steps], logp[:, :steps], rule, find_stop)
+
+
+def compile_ahead(model: Model, params: PyTree, rule: SamplingRule, slots: Slots) -> None:
+    """Compiles the decoding of every size and the reading of prompts, so that no step has to.
+
+    What is left are the programs that move a cache from one size to another, which are small.
+    """
+    prompts: list[dict[int, _Live]] = [{} for _ in range(slots.devices)]
+    config, one_token = model.config, np.zeros((1, 2), np.uint32)
+    for length in (1, slots.max_prompt_len):
+        prompts[0] = {0: _Live(Request(0, [0] * length, one_token, 1), 0)}
+        _read(model, params, prompts, slots)
+    for rows, columns in itertools.product(slots.row_counts, slots.all_cache_lens):
+        empty = [None] * (rows * slots.devices)
+        state = _put(_stacked(empty), slots)
+        shape = len(empty), config.num_kv_heads, config.head_dim, columns
+        sharding = None
+        if slots.mesh is not None:
+            sharding = NamedSharding(slots.mesh, cache_spec(config.num_kv_heads, slots.mesh))
+        zeros = partial(jnp.zeros, dtype=model.dtype, device=sharding)
+        cache = tuple(
+            (zeros(shape), zeros((*shape[:2], columns, config.head_dim)))
+            for _ in range(config.num_layers)
+        )
+        _decode(model, params, cache, state, np.int32(0), np.int32(0), rule, slots.chunk)
 
 
 def _queued(request: Request, slots: Slots) -> list[_Live]:
@@ -349,12 +299,19 @@ def _put(values: PyTree, slots: Slots) -> PyTree:
     return jax.device_put(values, None if slots.mesh is None else by_rows(slots.mesh))
 
 
+def _stacked(held: Sequence[_Live | None]) -> _Rows:
+    rows = [_row(live) for live in held]
+    return jax.tree.map(lambda *x: np.stack(x), rows[0], *rows[1:])
+
+
 def _row(live: _Live | None) -> _Rows:
     if live is None:
-        zero = np.int32(0)
-        return _Rows(np.zeros(2, np.uint32), zero, zero, zero, zero, np.bool_(True))
-    values = live.newest, live.position, len(live.tokens), live.request.max_len
-    return _Rows(live.request.keys[live.index], *map(np.int32, values), np.bool_(False))
+        key, values, done = np.zeros(2, np.uint32), (0, 0, 0, 0), True
+    else:
+        key, done = live.request.keys[live.index], False
+        values = live.newest, live.position, len(live.tokens), live.request.max_len
+    token, position, length, max_len = (np.int32(value) for value in values)
+    return _Rows(key, token, position, length, max_len, np.bool_(done))
 
 
 def _seated(
@@ -377,6 +334,10 @@ def _seated(
         new_prompts[device] += 1
         seats[device] += [waiting.popleft() for _ in range(min(group, free))]
     rows = slots.row_count(max(map(len, seats)))
+    if rows > b:
+        rows = slots.most if b else rows
+    elif rows < b:  # step by step, so that there are few ways from one size to another
+        rows = max(count for count in slots.row_counts if count < b)
     if rows == b and not any(new_prompts):
         return list(held)
     return [row for taken in seats for row in taken + [None] * (rows - len(taken))]
@@ -394,7 +355,7 @@ def _least(held: Sequence[_Live | None], waiting: Sequence[_Live], slots: Slots)
 def _rearrange(
     model: Model,
     params: PyTree,
-    cache: list[tuple[Array, Array] | None],
+    cache: list[Any],
     clock: int,
     held: Sequence[_Live | None],
     seats: Sequence[_Live | None],
@@ -419,9 +380,12 @@ def _rearrange(
     lives = [live for live in seats if live]
     now = max(live.position for live in lives)
     room = min(slots.quantum // 2, max(x.request.max_len - len(x.tokens) for x in lives))
-    columns = slots.cache_len(now + room)
+    columns, before = slots.cache_len(now + room), _columns(cache)
+    columns = columns if 2 * columns <= before else max(columns, before)
     number = model.config.num_layers
-    read = list(_read(model, params, prompts, slots)) if any(new) else [None] * number
+    read: list[Any] = [None] * number
+    if any(new):
+        read = list(_read(model, params, prompts, slots))
     cache[:] = cache or [None] * number
     where = _put((source, np.array(new)), slots)
     at = np.int32(clock - now), np.int32(now)
@@ -452,6 +416,25 @@ def _read(
     return _prefill(model, params, *blocks, count, slots.max_prompt_len)
 
 
+def _harvested(
+    held: list[_Live | None],
+    tokens: np.ndarray,
+    logp: np.ndarray,
+    rule: SamplingRule,
+    find_stop: Callable[[list[int]], int | None],
+) -> list[Sample]:
+    """Gives the responses their new tokens; those that are finished leave their slots."""
+    finished = []
+    for slot, live in enumerate(held):
+        if live is None:
+            continue
+        reason = _extend(live, tokens[slot], logp[slot], rule, find_stop)
+        if reason:
+            finished.append(Sample(live.request.id, live.index, live.tokens, live.logp, reason))
+            held[slot] = None
+    return finished
+
+
 def _extend(
     live: _Live,
     tokens: np.ndarray,
@@ -472,22 +455,3 @@ def _extend(
     if len(ends):
         return "stop"
     return "length" if len(live.tokens) == live.request.max_len else ""
-
-
-def sample_keys(
-    seed: int, step: int, prompt_numbers: Sequence[int], group_size: int
-) -> np.ndarray:
-    """Key data u32 [P, G, 2], folded from (seed, step, prompt number, sample number)."""
-    return np.asarray(_sample_keys(seed, step, np.asarray(prompt_numbers, np.uint32), group_size))
-
-
-@partial(jax.jit, static_argnames="group_size")
-def _sample_keys(seed: int, step: int, numbers_P: Array, group_size: int) -> Array:
-    step_key = jax.random.fold_in(jax.random.key(seed), step)
-
-    def group(number: Array) -> Array:
-        prompt_key = jax.random.fold_in(step_key, number)
-        return jax.vmap(partial(jax.random.fold_in, prompt_key))(jnp.arange(group_size))
-
-    return jax.random.key_data(jax.vmap(group)(numbers_P))
-

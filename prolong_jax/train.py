@@ -5,9 +5,6 @@ The only file that knows all the others. Read `train_step` first: it is one step
 
 import dataclasses
 import functools
-import hashlib
-import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from prolong_jax import processes, stages
-from prolong_jax.checkpoint import Checkpointer
+from prolong_jax.checkpoint import Checkpointer, params_sha256
 from prolong_jax.config import (
     DOMAINS,
     LossSettings,
@@ -31,7 +28,7 @@ from prolong_jax.config import (
     for_stage,
     packing,
     parse,
-    refuse_other,
+    row_layout,
     to_dict,
 )
 from prolong_jax.data.mixture import Position, Sources, next_prompts, open_sources, record
@@ -44,17 +41,19 @@ from prolong_jax.groups import (
     sample_rows,
     statistics,
 )
-from prolong_jax.mesh import fetch, make_mesh
+from prolong_jax.mesh import make_mesh
 from prolong_jax.metrics import Progress, Writer, final_table, open_writer
-from prolong_jax.models.decoder import Model, for_training
+from prolong_jax.models.decoder import Model, for_training, sampling_copy
 from prolong_jax.models.hf import load_model
 from prolong_jax.optimizer import make_optimizer, opt_state_shardings
+from prolong_jax.packing import pack
 from prolong_jax.processes import StopSignal, Timer, write_json
 from prolong_jax.report import write_report
-from prolong_jax.rollout import Collector, Cursor, collect, sampling_copy
+from prolong_jax.rollout import Collector, Cursor, collect
+from prolong_jax.startup import prompt_len, refuse_other_workdir, refuse_unfit_model
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.types import PyTree, TrainState
-from prolong_jax.update import make_score, make_update, pack, put_rows, reset_reference
+from prolong_jax.update import make_score, make_update, put_rows, reset_reference
 from prolong_jax.verifiers.pool import open_pool
 
 MIN_FAULTS = 8  # of a verifier in one step; fewer never stop a run
@@ -67,7 +66,6 @@ class Setup:
 
     run: RunConfig
     collector: Collector
-    trained: Model  # that of the collector, as the update computes it
     validation: list[Prompt]
     sources: Sources
 
@@ -120,7 +118,7 @@ def train_step(
     # Prompts -> samples -> verdicts -> live groups.
     kept, sampled = collect(
         setup.collector,
-        sampling_copy(setup.collector, state.params),
+        sampling_copy(setup.collector.model, mesh, state.params),
         host.cursor,
         functools.partial(next_prompts, setup.sources, seed=run.seed, stage=stage),
         run.rollout,
@@ -132,13 +130,13 @@ def train_step(
     host.cursor.position = record(host.cursor.position, rewards, run.data)
 
     # Packed rows, with the logprobs of the policy as it is now and of the reference.
-    score, update = programs(setup.trained, mesh, run.loss, run.optimizer, run.rollout.temperature)
+    trained = for_training(setup.collector.model, mesh, run.model, row_layout(run))
+    score, update = programs(trained, mesh, run)
     with timer("score"):
         batches = []
         for minibatch in split(kept, run.update.num_minibatches):
             items = [c for group in minibatch for c in conversations(group, run.rollout)]
-            sharing = setup.trained.shares_prompts
-            batch, used = pack(items, **packing(run), share_prompts=sharing)
+            batch, used = pack(items, **packing(run), layout=trained.layout)
             batches.append((score(state, put_rows(mesh, batch), used), used))
         jax.block_until_ready(batches)
 
@@ -170,13 +168,24 @@ def split(groups: Sequence[Group], parts: int) -> list[list[Group]]:
     return [list(groups[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
-@functools.cache
-def programs(
-    model: Model, mesh: Mesh, loss: LossSettings, optimizer: OptimizerSettings, temperature: float
-) -> tuple[Callable, Callable]:
+def programs(model: Model, mesh: Mesh, run: RunConfig) -> tuple[Callable, Callable]:
     """The scoring and update programs; stages with the same settings share their compilation."""
-    update = make_update(model, make_optimizer(optimizer), mesh, loss, temperature)
-    return make_score(model, temperature), update
+    one_update = run.update.num_minibatches == 1  # of the policy that the old logprobs are those of
+    return _programs(model, mesh, run.loss, run.optimizer, run.rollout.temperature, one_update)
+
+
+@functools.cache
+def _programs(
+    model: Model,
+    mesh: Mesh,
+    loss: LossSettings,
+    optimizer: OptimizerSettings,
+    temperature: float,
+    one_update: bool,
+) -> tuple[Callable, Callable]:
+    step = make_optimizer(optimizer)
+    update = make_update(model, step, mesh, loss, temperature, on_policy=one_update)
+    return make_score(model, temperature, policy=not one_update), update
 
 
 def refuse_broken_verifiers(sampled: Sequence[Group], run: RunConfig) -> None:
@@ -221,8 +230,8 @@ def train(run: RunConfig, workdir: Path) -> int:
         processes.keep_compilations(workdir / "compiled")
         write_json(workdir / "config.json", to_dict(run))
         collector = Collector(model, mesh, tokenizer, pool, run.seed)
-        trained = for_training(model, mesh, run.model)
-        setup = Setup(run, collector, trained, held_out_prompts(run), sources)
+        for_training(model, mesh, run.model)  # refuses attention that the platform does not have
+        setup = Setup(run, collector, held_out_prompts(run), sources)
         size = sum(x.size for x in jax.tree.leaves(params)) / 1e6
         print(f"{size:.2f}M parameters from {run.model.path} on {mesh.size} {jax.devices()[0]}")
         with closing(Checkpointer(workdir / "checkpoints", run.checkpoint)) as checkpointer:
@@ -354,7 +363,7 @@ def validate(
     """Evaluates the policy on the held-out prompts. Returns the table and its metrics."""
     run, collector = setup.run, setup.collector
     with timer("evaluate"):
-        params = sampling_copy(collector, state.params)
+        params = sampling_copy(collector.model, collector.mesh, state.params)
         table, groups = evaluate(collector, params, setup.validation, samples, run, step, Timer())
     refuse_broken_verifiers(groups, run)
     row = {}
@@ -395,14 +404,6 @@ def finish(setup: Setup, state: TrainState, host: Host, workdir: Path, view: Pro
     view.print(final_table(summary))
 
 
-def params_sha256(mesh: Mesh, params: PyTree) -> str:
-    """Hash of the weights in the order of their names."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(fetch(mesh, leaf)).tobytes())
-    return digest.hexdigest()
-
-
 def refuse_lost_run(host: Host, run: RunConfig, checkpointer: Checkpointer) -> None:
     """Raises RuntimeError after too many skipped updates in a row."""
     if host.skipped_in_a_row >= run.update.max_skipped:
@@ -414,47 +415,6 @@ def refuse_lost_run(host: Host, run: RunConfig, checkpointer: Checkpointer) -> N
 
 
 # --- start-up ------------------------------------------------------------------------------------
-
-
-def refuse_other_workdir(run: RunConfig, workdir: Path) -> None:
-    """Raises ValueError where the workdir cannot be made, or holds something else than this run."""
-    parent = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-    if not parent.is_dir():
-        raise ValueError(f"--workdir: {str(parent)!r} is a file; give a directory.")
-    if not os.access(parent, os.W_OK):
-        raise ValueError(
-            f"--workdir: {str(parent)!r} cannot be written to; give another directory."
-        )
-    saved = workdir / "config.json"
-    if saved.exists():
-        try:
-            refuse_other(run, json.loads(saved.read_text()), workdir)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--workdir: {saved} is damaged ({error}); restore it.") from error
-
-
-def refuse_unfit_model(run: RunConfig, model: Model, tokenizer: ChatTokenizer) -> None:
-    """Raises ValueError where the model has too few positions or tokens."""
-    for index in range(len(run.stages)):
-        rollout = for_stage(run, index).rollout
-        longest = rollout.max_prompt_len + rollout.max_response_len
-        if longest > model.config.max_positions:
-            raise ValueError(
-                f"config: rollout.max_prompt_len + rollout.max_response_len = {longest} exceeds "
-                f"the {model.config.max_positions} positions of the model; lower them."
-            )
-    if tokenizer.largest_id >= model.config.vocab_size:
-        raise ValueError(
-            f"model.path: the tokenizer has the token id {tokenizer.largest_id}, the model only "
-            f"{model.config.vocab_size} tokens; use the tokenizer that belongs to the model."
-        )
-
-
-def prompt_len(prompt: Prompt, tokenizer: ChatTokenizer, run: RunConfig) -> int:
-    """Tokens of a prompt as it is sampled from."""
-    length = len(tokenizer.encode_chat(prompt.messages)[0])
-    limit = run.rollout.max_prompt_len
-    return min(length, limit) if run.rollout.long_prompts == "truncate" else length
 
 
 def initial_state(run: RunConfig, params: PyTree) -> TrainState:

@@ -97,7 +97,9 @@ def test_formula_agrees_with_the_traced_products():
         return MODEL.logits(params, hidden)
 
     traced = traced_flops(jax.make_jaxpr(forward)(MODEL.shapes()).jaxpr)
-    assert traced == forward_flops(SHAPE, B * T, T, B * T)  # plain attention sees whole rows
+    rope = SHAPE.num_layers * 2 * B * T * 6 * SHAPE.head_dim**2  # its half turn is a product too
+    # Plain attention sees whole rows.
+    assert traced == forward_flops(SHAPE, B * T, T, B * T) + rope
 
 
 def test_traced_products_of_scans_branches_and_recomputation():

@@ -2,7 +2,7 @@ import numpy as np
 
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.evaluate import bootstrap_interval, summarise
-from prolong_jax.rollout import Group
+from prolong_jax.groups import Group
 
 
 def group(domain, level, scores, statuses=None):

@@ -46,15 +46,15 @@ BUGS = (
     Bug(
         "stop token dropped",
         "prolong_jax/sampler.py",
-        "is_stop_BT.argmax(-1) + 1, T)",
-        "is_stop_BT.argmax(-1), T)",
+        "rule.stop_ids))[:1] + 1",
+        "rule.stop_ids))[:1]",
         "tests/sampler_test.py",
     ),
     Bug(
         "old logprobs at the wrong temperature",
         "prolong_jax/train.py",
-        "return make_score(model, temperature), update",
-        "return make_score(model, 0.8 * temperature), update",
+        "return make_score(model, temperature, policy",
+        "return make_score(model, 0.8 * temperature, policy",
         "tests/train_test.py",
     ),
     Bug(
@@ -98,6 +98,27 @@ BUGS = (
         "(visible & (same | prompt))",
         "visible",
         "tests/models/attention_test.py",
+    ),
+    Bug(
+        "lanes see the prompts of other rows",
+        "prolong_jax/models/attention.py",
+        "jnp.repeat(prompts(x), lanes, axis=0)",
+        "jnp.tile(prompts(x), (lanes, *[1] * (x.ndim - 1)))",
+        "tests/models/attention_test.py tests/update_test.py",
+    ),
+    Bug(
+        "a refilled slot sees the tokens of the one before",
+        "prolong_jax/sampler.py",
+        "start_B1 = (clock - rows.position)[:, None]",
+        "start_B1 = (clock - rows.position)[:, None] - 1",
+        "tests/sampler_test.py",
+    ),
+    Bug(
+        "random numbers by step of the batch",
+        "prolong_jax/sampler.py",
+        "index_BT = rows.length[:, None] + jnp.arange(chunk)",
+        "index_BT = 0 * rows.length[:, None] + jnp.arange(chunk)",
+        "tests/sampler_test.py",
     ),
     Bug(
         "blocks of the vocabulary overlap",

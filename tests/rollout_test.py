@@ -1,16 +1,26 @@
 import dataclasses
 import json
+import time
+from dataclasses import replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prolong_jax import rollout
-from prolong_jax.config import MeshSettings, RolloutSettings
-from prolong_jax.data.mixture import Position
+from prolong_jax import groups, rollout
+from prolong_jax.config import TINY_BASE, MeshSettings, RolloutSettings
+from prolong_jax.data.mixture import Position, prompt_at
 from prolong_jax.data.prompts import Prompt
+from prolong_jax.groups import Group
 from prolong_jax.mesh import make_mesh
-from prolong_jax.rollout import Cursor, Group
+from prolong_jax.models.decoder import sampling_copy
+from prolong_jax.models.hf import load_model
+from prolong_jax.next_token import SamplingRule
+from prolong_jax.rollout import Cursor
+from prolong_jax.tokenizer import ChatTokenizer
+from prolong_jax.verifiers import Status, Verdict
 from tests.tiny import MODEL
 
 
@@ -39,7 +49,7 @@ ALIVE, ZERO, ONE, SAME = [1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.3, 0.3]
 def collect(monkeypatch, rounds, cursor, **settings):
     """Collects with a sampler that yields the given rewards, round after round."""
     asked, rounds = [], iter(rounds)
-    stops: Any = type("Tokenizer", (), {"stop_ids": (1,), "pad_id": 0})
+    stops: Any = type("Tokenizer", (), {"stop_ids": (1,)})
     pool: Any = None
     collector = rollout.Collector(MODEL, make_mesh(MeshSettings()), stops, pool, seed=0)
 
@@ -47,12 +57,22 @@ def collect(monkeypatch, rounds, cursor, **settings):
         prompts = list(range(position.drawn, position.drawn + count))
         return prompts, Position(position.drawn + count)
 
-    def sampled(collector, params, prompts, *rest):
-        asked.append(prompts)
-        return [group(s, p) for p, s in zip(prompts, next(rounds), strict=True)]
+    class Rounds:
+        """Goes on to another round whenever it is told that there will be one."""
 
-    monkeypatch.setattr(rollout, "sample_groups", sampled)
+        def __init__(self, *_):
+            pass
 
+        def sample(self, params, prompts, further):
+            done = []
+            while prompts:
+                asked.append(prompts)
+                done.append([group(s, p) for p, s in zip(prompts, next(rounds), strict=True)])
+                dead = sum(g.is_dead for found in done for g in found)
+                prompts = further(len(done), dead) if further else []
+            return done
+
+    monkeypatch.setattr(rollout, "_Rounds", Rounds)
     settings = RolloutSettings(prompts_per_step=3, group_size=2, **settings)
     kept, drawn = rollout.collect(collector, {}, cursor, next_prompts, settings, 1, rollout.Timer())
     return [g.prompt.id for g in kept], asked, drawn
@@ -95,25 +115,124 @@ def test_without_dynamic_sampling_dead_groups_are_kept(monkeypatch):
 def test_lone_success_lives_and_uniform_rewards_die(scores, dead):
     assert group(scores).is_dead == dead
     if not dead:
-        assert np.count_nonzero(rollout.advantages(group(scores), RolloutSettings())) == 8
+        assert np.count_nonzero(groups.advantages(group(scores), RolloutSettings())) == 8
 
 
 def test_shaping_does_not_wake_a_dead_group():
     uniform = group(ONE, stopped=[True, False])
     settings = RolloutSettings(stop_properly=0.5)
     assert uniform.is_dead
-    assert np.ptp(rollout.advantages(uniform, settings)) > 0
+    assert np.ptp(groups.advantages(uniform, settings)) > 0
 
 
 def test_faults_of_the_verifier_are_left_out():
     broken = group([1.0, 0.0, 0.0], statuses=["ok", "ok", "error"])
-    kept = rollout.conversations(broken, RolloutSettings())
+    kept = groups.conversations(broken, RolloutSettings())
     assert len(kept) == 2 and kept[0].advantage == -kept[1].advantage > 0
     assert group([1.0, 0.0], statuses=["ok", "error"]).is_dead
     late = group([1.0, 0.0], statuses=["ok", "timeout"])
-    assert not late.is_dead and len(rollout.conversations(late, RolloutSettings())) == 2
+    assert not late.is_dead and len(groups.conversations(late, RolloutSettings())) == 2
 
 
 def test_a_group_survives_json():
     before = group([0.1, 1 / 3], stopped=[True, False])
-    assert rollout.group_from_dict(json.loads(json.dumps(dataclasses.asdict(before)))) == before
+    assert groups.group_from_dict(json.loads(json.dumps(dataclasses.asdict(before)))) == before
+
+
+# --- with the real sampler and verifiers ------------------------------------------------------------
+
+TASKS = [prompt_at(n, 0, {"math": 1.0, "logic": 1.0}, {"easy": 1.0}) for n in range(9)]
+SETTINGS = RolloutSettings(
+    prompts_per_step=3,
+    group_size=4,
+    max_prompt_len=64,
+    max_response_len=24,
+    sample_rows=8,
+    cache_lens=1,
+    compile_ahead=False,
+)
+PLAN = rollout.Plan(SETTINGS, 4, SamplingRule(()), step=1)
+
+
+class SlowPool:
+    """Scores by the text's parity, some time after it was asked, in another order."""
+
+    def __init__(self, delay_s=0.0, scores=None):
+        self.waiting, self.delay_s, self.scores = [], delay_s, scores or {}
+
+    def submit(self, item_id, verifier, response, reference):
+        score = self.scores.get(item_id[0], float(item_id[1] % 2))
+        self.waiting.insert(0, (time.monotonic() + self.delay_s, item_id, score))
+
+    def poll(self, timeout_s=0.0):
+        ready = [item for item in self.waiting if item[0] <= time.monotonic()]
+        if not ready and timeout_s and self.waiting:
+            time.sleep(0.01)
+        self.waiting = [item for item in self.waiting if item not in ready]
+        return [(item_id, Verdict(score, Status.OK, "")) for _, item_id, score in ready]
+
+    def as_completed(self):
+        while self.waiting:
+            yield from self.poll(1.0)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    mesh = make_mesh(MeshSettings())
+    model, params = load_model(TINY_BASE, jnp.dtype("float32"), mesh)
+    return model, mesh, params, ChatTokenizer(TINY_BASE)
+
+
+def rounds_of(tiny, pool, further=None, plan=PLAN, prompts=TASKS[:3]):
+    model, mesh, params, tokenizer = tiny
+    collector = rollout.Collector(model, mesh, tokenizer, pool, seed=0)
+    rounds = rollout._Rounds(collector, plan, rollout.Timer())
+    return rounds.sample(sampling_copy(collector.model, mesh, params), prompts, further)
+
+
+def test_a_group_has_its_own_samples_and_verdicts(tiny):
+    (groups,) = rounds_of(tiny, SlowPool())
+    assert [g.prompt.id for g in groups] == [p.id for p in TASKS[:3]]
+    for g in groups:
+        assert g.scores == [0.0, 1.0, 0.0, 1.0] and g.step == 1 and not g.truncated
+        assert g.prompt_tokens == tiny[3].encode_chat(g.prompt.messages)[0]
+        assert g.texts == [tiny[3].decode(tokens) for tokens in g.tokens]
+        assert g.stopped == [len(tokens) < 24 for tokens in g.tokens]
+        assert [len(logp) for logp in g.logp] == [len(tokens) for tokens in g.tokens]
+    (alone,) = rounds_of(tiny, SlowPool(), prompts=TASKS[1:2])
+    assert alone[0].tokens == groups[1].tokens
+
+
+def test_a_further_round_begins_with_what_verdicts_say_however_long_they_take(tiny):
+    asked: dict[float, list] = {0.0: [], 0.05: []}
+    for delay_s, calls in asked.items():
+
+        def further(begun, dead, calls=calls):
+            calls.append((begun, dead))
+            return TASKS[3:6] if begun == 1 and dead else []
+
+        pool = SlowPool(delay_s, scores={0: 1.0, 2: 0.0})
+        first, second = rounds_of(tiny, pool, further)
+        assert [g.prompt.id for g in first + second] == [p.id for p in TASKS[:6]]
+        assert [g.is_dead for g in first] == [True, False, True]
+    assert asked[0.0] == asked[0.05] and (1, 1) in asked[0.0]
+
+
+def test_long_prompts_are_refused_or_lose_their_beginning(tiny):
+    tokens, _ = tiny[3].encode_chat(TASKS[0].messages)
+    short = replace(SETTINGS, max_prompt_len=len(tokens) - 2)
+    with pytest.raises(ValueError, match=f"has {len(tokens)} tokens, at most {len(tokens) - 2}"):
+        rounds_of(tiny, SlowPool(), plan=replace(PLAN, settings=short), prompts=TASKS[:1])
+    cut = replace(PLAN, settings=replace(short, long_prompts="truncate"))
+    ((found,),) = rounds_of(tiny, SlowPool(), plan=cut, prompts=TASKS[:1])
+    assert found.prompt_tokens == tokens[2:] and found.truncated
+
+
+def test_the_sampling_copy_is_none_where_the_layout_is_right(tiny):
+    model, mesh, params, _ = tiny
+    same = sampling_copy(model, mesh, params)
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(same), strict=True)
+    assert all(a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer() for a, b in pairs)
+    half = replace(model, dtype=jnp.bfloat16)
+    kinds = {x.dtype.name for x in jax.tree.leaves(sampling_copy(half, mesh, params))}
+    assert kinds == {"bfloat16", "float32"}  # float32: the scales of the norms

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from prolong_jax.models.decoder import Model, ModelConfig
-from prolong_jax.update import Conversation
+from prolong_jax.packing import Conversation
 
 SHAPE = ModelConfig(
     vocab_size=96,

@@ -10,17 +10,12 @@ import pytest
 from prolong_jax.config import LossSettings, MeshSettings, OptimizerSettings
 from prolong_jax.mesh import fetch, make_mesh, param_shardings, put
 from prolong_jax.models import logprobs
+from prolong_jax.models.attention import Layout
 from prolong_jax.optimizer import make_optimizer
+from prolong_jax.packing import Conversation, pack
 from prolong_jax.train import initial_state
 from prolong_jax.types import TrainState
-from prolong_jax.update import (
-    Conversation,
-    make_score,
-    make_update,
-    pack,
-    put_rows,
-    reset_reference,
-)
+from prolong_jax.update import make_score, make_update, put_rows, reset_reference
 from tests.tiny import MODEL, random_conversations, random_params
 
 CONVERSATIONS = random_conversations(16)
@@ -29,26 +24,36 @@ LEARNING_RATE = 1.0
 SGD = optax.sgd(LEARNING_RATE)  # a step is the gradient itself
 
 
-def packed(conversations, rows=8, row_len=24, micro_batches=6, share_prompts=True):
+SHARED = Layout(prompt_slots=6)
+
+
+def packed(conversations, rows=8, row_len=24, micro_batches=6, layout=SHARED):
     return pack(
         conversations,
         row_len=row_len,
         micro_batch_rows=rows,
         micro_batches=micro_batches,
-        share_prompts=share_prompts,
+        layout=layout,
     )
 
 
 def gradient(
-    rows=8, row_len=24, mesh=None, conversations=CONVERSATIONS, micro_batches=6, model=MODEL
+    rows=8,
+    row_len=24,
+    mesh=None,
+    conversations=CONVERSATIONS,
+    micro_batches=6,
+    model=MODEL,
+    layout=SHARED,
 ):
     """The gradient that an update applies, read off an SGD step, and the step's metrics."""
     mesh = mesh or make_mesh(MeshSettings())
-    model = replace(model, mesh=mesh)
+    layout = Layout() if model.attention == "splash" else layout
+    model = replace(model, mesh=mesh, layout=layout)
     before, shardings = jax.device_get(random_params(1)), param_shardings(mesh, MODEL.shapes())
     params, ref_params = put(before, shardings), put(random_params(2), shardings)
     state = TrainState(params, ref_params, SGD.init(params))
-    batch, used = packed(conversations, rows, row_len, micro_batches, model.shares_prompts)
+    batch, used = packed(conversations, rows, row_len, micro_batches, layout)
     batch = make_score(model, 0.9)(state, put_rows(mesh, batch), used)
     # Pretend that the old policy was another one, so that ratios and clipping matter.
     batch = replace(batch, old_logp=batch.old_logp - 0.3 * batch.advantage)
@@ -109,6 +114,8 @@ def test_packing_and_padding_do_not_change_the_gradient(reference):
     assert_same(reference[0], one_per_row)
     padded, _ = gradient(row_len=64)
     assert_same(reference[0], padded)
+    lanes, _ = gradient(row_len=8 + 4 * 16, rows=2, layout=Layout(8, 4))
+    assert_same(reference[0], lanes)
     shuffled, _ = gradient(conversations=CONVERSATIONS[::-1])
     assert_same(reference[0], shuffled)
 
@@ -276,7 +283,7 @@ def group_of_four():
 
 
 def test_prompts_that_are_not_shared_are_in_the_segment_of_their_response():
-    batch, used = packed(group_of_four(), rows=1, row_len=2 * 13, share_prompts=False)
+    batch, used = packed(group_of_four(), rows=1, row_len=2 * 13, layout=Layout())
     assert used == 2
     for row in range(2):
         np.testing.assert_array_equal(batch.segments[row, 0], [1] * 13 + [2] * 13)
@@ -290,11 +297,57 @@ def test_prompts_that_are_not_shared_are_in_the_segment_of_their_response():
 
 def test_a_prompt_stands_once_in_a_row():
     group = group_of_four()
-    batch, used = packed(group, rows=1, row_len=9 + 4 * 4)
+    batch, used = packed(group, rows=1, row_len=9 + 4 * 4, layout=Layout(9))
     assert used == 1
     np.testing.assert_array_equal(
         batch.tokens[0, 0], [*range(9), 9, 0, 0, 0, 9, 1, 1, 1, 9, 2, 2, 2, 9, 3, 3, 3]
     )
+
+
+def test_responses_lie_in_lanes_beside_the_prompts_of_their_row():
+    group = group_of_four()
+    other = [replace(c, prompt=c.prompt[:3]) for c in group]
+    batch, used = packed(group + other, rows=1, row_len=12 + 3 * 8, layout=Layout(12, 3))
+    assert used == 2
+    np.testing.assert_array_equal(batch.tokens[0, 0, :11], [*range(9), 0, 1])
+    for lane in range(3):
+        at = slice(12 + 8 * lane, 20 + 8 * lane)
+        np.testing.assert_array_equal(batch.mask[0, 0, at], [False, True, True, True] * 2)
+        np.testing.assert_array_equal(batch.segments[0, 0, at][3:5], [2 * lane + 3, 2 * lane + 4])
+
+
+def test_prompts_get_rows_of_their_own_where_sharing_rows_takes_too_many():
+    """Two short responses to different prompts take the slots that a third prompt needs."""
+    prompts = [np.full(5, n, np.int32) for n in range(3)]
+
+    def item(prompt, length):
+        return Conversation(
+            prompts[prompt], np.full(length, 9, np.int32), np.zeros(length, np.float32), 0.0
+        )
+
+    items = [item(0, 7), item(1, 6), item(2, 5), item(0, 4), item(1, 3), item(2, 2)]
+    sizes = {"row_len": 8 + 16, "micro_batch_rows": 1, "layout": Layout(8, 2)}
+    batch, used = pack(items, micro_batches=3, **sizes)
+    assert used == 3 and batch.mask.sum() == 27
+    with pytest.raises(ValueError, match="3 rows do not fit in 2 micro-batches"):
+        pack(items, micro_batches=2, **sizes)
+
+
+def test_a_single_update_takes_the_old_logprobs_from_its_own_forward_pass():
+    mesh, params = make_mesh(MeshSettings()), random_params(1)
+    model = replace(MODEL, layout=SHARED)
+    batch, used = packed(CONVERSATIONS)
+    state = TrainState(params, random_params(2), SGD.init(params))
+    full = make_score(model, 0.9)(state, batch, used)
+    part = make_score(model, 0.9, policy=False)(state, batch, used)
+    np.testing.assert_array_equal(part.ref_logp, full.ref_logp)
+    assert not np.asarray(part.old_logp).any() and np.asarray(full.old_logp).any()
+    after = []
+    for scored, on_policy in ((full, False), (part, True)):
+        fresh = TrainState(random_params(1), random_params(2), SGD.init(params))
+        update = make_update(model, SGD, mesh, LOSS, 0.9, on_policy=on_policy)
+        after.append(update(fresh, scored, used)[0].params)
+    assert_same(*after, rtol=1e-6)
 
 
 @pytest.mark.parametrize("clear_optimizer", [True, False])

@@ -26,8 +26,9 @@ from prolong_jax.mesh import make_mesh, param_shardings
 from prolong_jax.models.decoder import Model, for_training
 from prolong_jax.models.hf import read_config
 from prolong_jax.optimizer import make_optimizer
+from prolong_jax.packing import Conversation, pack
 from prolong_jax.types import TrainState
-from prolong_jax.update import Conversation, make_score, make_update, pack, put_rows
+from prolong_jax.update import make_score, make_update, put_rows
 
 REPEATS, PROMPT = 3, 512
 SHAPE = ASSETS / "shapes" / "qwen2_1p5b_r1.json"
@@ -79,7 +80,7 @@ def ours(model: Model, args: argparse.Namespace) -> dict[str, float]:
     rows = args.rows * jax.device_count()
     items = conversations(rows * args.micro_batches, args.row_len, model.config.vocab_size)
     sizes = {"row_len": args.row_len, "micro_batch_rows": rows, "micro_batches": args.micro_batches}
-    host_batch, used = pack(items, **sizes, share_prompts=trained.shares_prompts)
+    host_batch, used = pack(items, **sizes, layout=trained.layout)
     batch = put_rows(mesh, host_batch)
     score = make_score(trained, 1.0)
     update = make_update(trained, optimizer, mesh, LossSettings(), 1.0)

@@ -26,11 +26,12 @@ def get_config() -> ConfigDict:
                 "max_response_len": 128,
                 "sample_rows": 192,
                 "cache_lens": 4,
+                "compile_ahead": False,
                 "max_sampling_rounds": 2,
             },
             "loss": {"kl_coef": 1e-3},
             "optimizer": {"learning_rate": 2e-4, "warmup_steps": 8},
-            "update": {"micro_batch_rows": 2, "row_len": 256},
+            "update": {"micro_batch_rows": 1, "row_len": 580},
             "validation": {"every": 10, "temperature": 1.0, "top_p": 1.0},
             "stages": [
                 {

@@ -28,6 +28,16 @@ class Packed(NamedTuple):
     prompts: Array  # i32 [B, T] number of the segment that holds the segment's prompt
 
 
+class Layout(NamedTuple):
+    """The parts of a packed row: slots for shared prompts, then lanes of responses.
+
+    A segment lies in one part, and tokens of a lane see that lane and the prompts alone.
+    """
+
+    prompt_slots: int = 0  # 0: no such slots, a prompt stands anywhere before its responses
+    lanes: int = 1  # of equal length
+
+
 def backend_for(setting: str, platform: str, dtype: jnp.dtype) -> str:
     """The backend of a setting, "auto" resolved by the platform of the devices.
 
@@ -60,13 +70,20 @@ def attend(q_BTHC: Array, k_BKCS: Array, v_BKSC: Array, mask_BTS: Array) -> Arra
 
 
 def attend_packed(
-    q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, packed: Packed, backend: str, mesh: Mesh | None
+    q_BTHC: Array,
+    k_BTKC: Array,
+    v_BTKC: Array,
+    packed: Packed,
+    layout: Layout,
+    backend: str,
+    mesh: Mesh | None,
 ) -> Array:
     """Attention within packed rows. Returns [B, T, H, C].
 
     Args:
       q_BTHC, k_BTKC, v_BTKC: rotated queries and keys, and values.
       packed: who sees whom. "splash" wants every prompt in its response's own segment.
+      layout: of the rows; lets plain XLA leave out what cannot see each other.
       backend: "xla", "splash" or "cudnn".
       mesh: over which rows and heads are split; None on one device.
     """
@@ -74,15 +91,37 @@ def attend_packed(
         return _splash(q_BTHC, k_BTKC, v_BTKC, packed.segments, mesh)
     if backend == "cudnn":
         return _cudnn(q_BTHC, k_BTKC, v_BTKC, packed, mesh)
-    k_BKCS, v_BKSC = k_BTKC.transpose(0, 2, 3, 1), v_BTKC.transpose(0, 2, 1, 3)
-    B, T, H, C = q_BTHC.shape
+    start, lanes = layout
+    if not start:
+        return _attend_part(q_BTHC, k_BTKC, v_BTKC, packed)
+
+    def prompts(x: Array) -> Array:
+        return x[:, :start]
+
+    def by_lane(x: Array) -> Array:
+        return x[:, start:].reshape(-1, (x.shape[1] - start) // lanes, *x.shape[2:])
+
+    def seen(x: Array) -> Array:
+        return jnp.concatenate([jnp.repeat(prompts(x), lanes, axis=0), by_lane(x)], axis=1)
+
+    first = _attend_part(
+        prompts(q_BTHC), prompts(k_BTKC), prompts(v_BTKC), Packed(*map(prompts, packed))
+    )
+    rest = _attend_part(by_lane(q_BTHC), seen(k_BTKC), seen(v_BTKC), Packed(*map(seen, packed)))
+    return jnp.concatenate([first, rest.reshape(-1, *q_BTHC[:, start:].shape[1:])], axis=1)
+
+
+def _attend_part(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, packed: Packed) -> Array:
+    """Plain XLA; the queries are the last T of the S tokens."""
+    k_BKCS, v_BKSC = k_BSKC.transpose(0, 2, 3, 1), v_BSKC.transpose(0, 2, 1, 3)
+    (B, T, H, C), S = q_BTHC.shape, k_BSKC.shape[1]
     if T <= QUERY_BLOCK:
-        return attend(q_BTHC, k_BKCS, v_BKSC, packed_mask(*packed))
+        return attend(q_BTHC, k_BKCS, v_BKSC, packed_mask(*packed, S - T, T))
 
     @jax.checkpoint
     def block(start: Array) -> Array:
         queries = jax.lax.dynamic_slice_in_dim(q_BTHC, start, QUERY_BLOCK, 1)
-        return attend(queries, k_BKCS, v_BKSC, packed_mask(*packed, start, QUERY_BLOCK))
+        return attend(queries, k_BKCS, v_BKSC, packed_mask(*packed, S - T + start, QUERY_BLOCK))
 
     starts = jnp.minimum(jnp.arange(0, T, QUERY_BLOCK), T - QUERY_BLOCK)
     blocks = jax.lax.map(block, starts)  # the last one overlaps where T is no multiple

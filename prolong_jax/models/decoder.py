@@ -14,8 +14,15 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from prolong_jax.config import ModelSettings
-from prolong_jax.mesh import ROW_AXES, constrain, gather, weight_spec
-from prolong_jax.models.attention import Packed, attend, attend_packed, backend_for
+from prolong_jax.mesh import (
+    ROW_AXES,
+    constrain,
+    gather,
+    local_arrays,
+    sampling_shardings,
+    weight_spec,
+)
+from prolong_jax.models.attention import Layout, Packed, attend, attend_packed, backend_for
 from prolong_jax.models.logprobs import add_head_gradient, token_logprobs
 from prolong_jax.models.rope import RopeScaling, rotate
 from prolong_jax.types import Array, PyTree
@@ -50,6 +57,61 @@ class ModelConfig:
     rope_scaling: RopeScaling = RopeScaling()  # rope_parameters or rope_scaling
 
 
+@jax.custom_vjp
+def _matmul(x_BTD, weight_DF):
+    return jnp.matmul(x_BTD, weight_DF)
+
+
+def _matmul_forward(x_BTD, weight_DF):
+    return jnp.matmul(x_BTD, weight_DF), (x_BTD, weight_DF)
+
+
+def _matmul_backward(saved, d_BTF):
+    """As JAX would, but the weight's gradient comes without a transposition, slow on CPU."""
+    x_BTD, weight_DF = saved
+    d_BTD = jax.lax.dot_general(d_BTF, weight_DF, (((2,), (1,)), ((), ())))
+    return d_BTD, jax.lax.dot_general(x_BTD, d_BTF, (((0, 1), (0, 1)), ((), ())))
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def _scaled(x_BTD, scale_D):
+    return x_BTD * scale_D
+
+
+def _scaled_forward(x_BTD, scale_D):
+    return x_BTD * scale_D, (x_BTD, scale_D)
+
+
+def _scaled_backward(saved, d_BTD):
+    """As JAX would, but the sum over tokens is a matrix product, faster on CPU."""
+    x_BTD, scale_D = saved
+    products_ND = (x_BTD * d_BTD).reshape(-1, scale_D.size)
+    return d_BTD * scale_D, jnp.matmul(jnp.ones(len(products_ND)), products_ND, precision="highest")
+
+
+_scaled.defvjp(_scaled_forward, _scaled_backward)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, epsilon: float, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones(size))
+        self.epsilon, self.dtype = epsilon, dtype
+
+    def __call__(self, x):
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
+        return _scaled(x, self.scale[...]).astype(self.dtype)
+
+
+def _product(x_BTD, weight_DF, dimension_numbers, **_):
+    return _matmul(x_BTD, weight_DF)
+
+
 class Layer(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
@@ -58,18 +120,24 @@ class Layer(nnx.Module):
         def linear(inputs: int, outputs: int, bias: bool = False) -> nnx.Linear:
             init = nnx.initializers.normal(0.02)
             return nnx.Linear(
-                inputs, outputs, use_bias=bias, dtype=dtype, kernel_init=init, rngs=rngs
+                inputs,
+                outputs,
+                use_bias=bias,
+                dtype=dtype,
+                kernel_init=init,
+                dot_general=_product,
+                rngs=rngs,
             )
 
-        self.attention_norm = nnx.RMSNorm(D, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.attention_norm = RMSNorm(D, config.norm_eps, dtype)
         self.query = linear(D, config.num_heads * C, bias=config.qkv_bias)
         self.key = linear(D, config.num_kv_heads * C, bias=config.qkv_bias)
         self.value = linear(D, config.num_kv_heads * C, bias=config.qkv_bias)
         self.out = linear(config.num_heads * C, D, bias=config.out_bias)
         if config.qk_norm:
-            self.query_norm = nnx.RMSNorm(C, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-            self.key_norm = nnx.RMSNorm(C, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.mlp_norm = nnx.RMSNorm(D, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+            self.query_norm = RMSNorm(C, config.norm_eps, dtype)
+            self.key_norm = RMSNorm(C, config.norm_eps, dtype)
+        self.mlp_norm = RMSNorm(D, config.norm_eps, dtype)
         self.gate = linear(D, config.ff_dim, bias=config.mlp_bias)
         self.up = linear(D, config.ff_dim, bias=config.mlp_bias)
         self.down = linear(config.ff_dim, D, bias=config.mlp_bias)
@@ -85,8 +153,8 @@ class Layer(nnx.Module):
         k_BTKC = rotate(k_BTKC, positions_BT, config.rope_theta, config.rope_scaling)
         v_BTKC = self.value(y).reshape(heads)
         if isinstance(seen, Packed):
-            cache, backend = None, model.attention
-            attended = attend_packed(q_BTHC, k_BTKC, v_BTKC, seen, backend, model.mesh)
+            how = model.layout, model.attention, model.mesh
+            cache, attended = None, attend_packed(q_BTHC, k_BTKC, v_BTKC, seen, *how)
         else:
             cache = _extended(
                 cache, k_BTKC.transpose(0, 2, 3, 1), v_BTKC.transpose(0, 2, 1, 3), slot
@@ -114,7 +182,7 @@ class Decoder(nnx.Module):
             config.vocab_size, config.width, dtype=dtype, embedding_init=init, rngs=rngs
         )
         self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_layers)])
-        self.norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(config.width, config.norm_eps, dtype)
         self.tied_head = config.tied_head
         if not config.tied_head:
             self.head = nnx.Linear(
@@ -190,13 +258,9 @@ class Model:
     config: ModelConfig
     dtype: jnp.dtype = field(default=jnp.float32)  # of activations and matrix products
     attention: str = "xla"  # of packed rows: xla, splash or cudnn
+    layout: Layout = Layout()  # of packed rows
     remat: str = "none"  # "none" or a key of REMAT
     mesh: Mesh | None = None  # that packed rows are split over; None on one device
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether responses of a packed row may see a prompt outside their own segment."""
-        return self.attention != "splash"
 
     @property
     def head_name(self) -> str:
@@ -266,14 +330,48 @@ class Model:
         return token_logprobs(hidden_BTD, head_DV, tokens_BT, mask_BT, temperature, self.mesh)
 
 
-def for_training(model: Model, mesh: Mesh, settings: ModelSettings) -> Model:
+def for_training(
+    model: Model, mesh: Mesh, settings: ModelSettings, row_layout: tuple[int, int] = Layout()
+) -> Model:
     """The model as the update computes it: on the mesh, with the platform's attention.
+
+    Rows have the layout, as from `config.row_layout`, where the attention can share prompts.
 
     Raises:
       ValueError: an attention backend that the platform does not have.
     """
     backend = backend_for(settings.attention, mesh.devices.flat[0].platform, model.dtype)
-    return replace(model, attention=backend, remat=settings.remat, mesh=mesh)
+    layout = Layout() if backend == "splash" else Layout(*row_layout)
+    return replace(model, attention=backend, layout=layout, remat=settings.remat, mesh=mesh)
+
+
+def cast_for_sampling(model: Model, params: PyTree) -> PyTree:
+    """The weights in the dtype of the products.
+
+    Scales of norms stay in float32, as the trainer has them.
+    """
+
+    def cast(path: tuple, x: jax.Array) -> jax.Array:
+        return x if path[-1].key == "scale" else x.astype(model.dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def sampling_copy(model: Model, mesh: Mesh, params: PyTree) -> PyTree:
+    """The weights on the local devices in the dtype and layout of the sampler.
+
+    What has both already is passed on, not copied.
+    """
+    shardings = sampling_shardings(mesh, params)
+    is_right = jax.tree.map(
+        lambda x, to: x.dtype == model.dtype and x.sharding.is_equivalent_to(to, x.ndim),
+        params,
+        shardings,
+    )
+    if not jax.tree.all(is_right):
+        cast = jax.jit(cast_for_sampling, static_argnums=0, out_shardings=shardings)
+        params = cast(model, params)
+    return local_arrays(mesh, params)
 
 
 def positions_of(valid_BT: Array) -> Array:

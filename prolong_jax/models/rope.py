@@ -34,9 +34,12 @@ def rotate(
     frequency = frequencies(x_BTHC.shape[-1], theta, scaling)
     angle = (positions_BT[..., None] * frequency)[:, :, None, :]
     cos, sin = (f(angle) * scaling.attention_factor for f in (jnp.cos, jnp.sin))
-    first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTHC.dtype)
+    cos_BT1C, sin_BT1C = (jnp.concatenate([x, x], axis=-1) for x in (cos, sin))
+    # (first, second) -> (-second, first), exact in any dtype; slicing halves is slower.
+    half = np.eye(x_BTHC.shape[-1] // 2)
+    turn_CC = np.block([[0 * half, half], [-half, 0 * half]])
+    turned_BTHC = jnp.matmul(x_BTHC, turn_CC.astype(x_BTHC.dtype), precision="highest")
+    return (x_BTHC * cos_BT1C + turned_BTHC * sin_BT1C).astype(x_BTHC.dtype)
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling = DEFAULT) -> np.ndarray:

@@ -1,7 +1,5 @@
 """The attention backends against a numpy loop over tokens."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +8,12 @@ import pytest
 from prolong_jax.config import MeshSettings, ModelSettings
 from prolong_jax.mesh import make_mesh
 from prolong_jax.models import attention
-from prolong_jax.models.attention import Packed, attend_packed, backend_for
+from prolong_jax.models.attention import Layout, Packed, attend_packed, backend_for
 from prolong_jax.models.decoder import Model, for_training
 from tests.tiny import SHAPE
 
 B, T, K, C = 2, 45, 2, 16
+UNSHARED = Layout()
 
 
 def rows(heads=4, shared=True, seed=0):
@@ -45,9 +44,9 @@ def loop(q, k, v, packed):
     return out
 
 
-def output(q, k, v, packed, backend="xla", mesh=None):
-    run = jax.jit(attend_packed, static_argnums=(4, 5))
-    return np.asarray(run(q, k, v, packed, backend, mesh))
+def output(q, k, v, packed, backend="xla", mesh=None, layout=UNSHARED):
+    run = jax.jit(attend_packed, static_argnums=(4, 5, 6))
+    return np.asarray(run(q, k, v, packed, layout, backend, mesh))
 
 
 def assert_equal_where_real(found, expected, packed, atol=2e-5):
@@ -61,6 +60,29 @@ def test_plain_attention_is_that_of_the_loop(monkeypatch, block, shared):
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     inputs = rows(shared=shared)
     assert_equal_where_real(output(*inputs), loop(*inputs), inputs[3])
+
+
+@pytest.mark.parametrize("block", [512, 11, 4])
+@pytest.mark.parametrize("layout", [Layout(9, 1), Layout(9, 3), Layout(12, 3)])
+def test_lanes_leave_out_nothing_that_is_seen(monkeypatch, layout, block):
+    """Two prompts in slots of their own; segments of both, and padding, in every lane."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    q, k, v, _ = rows()
+    segments, prompts = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
+    segments[:, :5], segments[:, 5:8] = 1, 2
+    prompts[:] = segments
+    size, number = (T - layout.prompt_slots) // layout.lanes, 2
+    for lane in range(layout.lanes):
+        start = layout.prompt_slots + lane * size
+        for prompt, length in ((1, size // 2), (2, size // 3)):
+            number += 1
+            segments[:, start : start + length] = number
+            prompts[:, start : start + length] = prompt
+            start += length
+    packed = Packed(jnp.asarray(segments), jnp.asarray(prompts))
+    found = output(q, k, v, packed, layout=layout)
+    assert_equal_where_real(found, loop(q, k, v, packed), packed)
+    np.testing.assert_allclose(found, output(q, k, v, packed), atol=2e-5)
 
 
 @pytest.mark.parametrize("mesh", [None, (2, 1, 1), (1, 2, 2), (1, 2, 4)])
@@ -79,7 +101,7 @@ def test_gradients_are_those_of_plain_attention(monkeypatch, backend):
 
     def gradients(backend):
         def total(q, k, v):
-            return (weights * attend_packed(q, k, v, packed, backend, None)).sum()
+            return (weights * attend_packed(q, k, v, packed, Layout(), backend, None)).sum()
 
         return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(q, k, v)
 
@@ -100,7 +122,9 @@ def test_the_backend_follows_the_platform():
     with pytest.raises(ValueError, match="does not run on gpu with float32; expected auto, xla."):
         backend_for("cudnn", "gpu", jnp.float32)
     model = for_training(Model(SHAPE), make_mesh(MeshSettings()), ModelSettings(attention="splash"))
-    assert not model.shares_prompts and replace(model, attention="xla").shares_prompts
+    assert model.layout == Layout()
+    plain = for_training(Model(SHAPE), make_mesh(MeshSettings()), ModelSettings(), (8, 2))
+    assert plain.layout == Layout(8, 2) and plain.attention == "xla"
 
 
 @pytest.mark.accelerator
