@@ -5,4 +5,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export JAX_PLATFORMS=cuda,cpu # fail rather than fall back to the CPU
+# JAX alone takes three quarters of the memory; compile_check counts with all of it.
+export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.93}"
 exec python -m prolong_jax.train "$@"

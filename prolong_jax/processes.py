@@ -201,11 +201,11 @@ class Timer:
 @functools.cache
 def _compilations() -> dict[str, float]:
     """Number and seconds of all compilations from the first call on, said one by one."""
-    found = {"compile/programs": 0, "time/compile_s": 0.0}
+    found = {"time/compilations": 0, "time/compile_s": 0.0}
 
     def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.endswith("backend_compile_duration"):
-            found["compile/programs"] += 1
+            found["time/compilations"] += 1
             found["time/compile_s"] += duration_secs
             if duration_secs >= ANNOUNCED_S:
                 print(f"compiled {kwargs.get('fun_name', 'a program')} in {duration_secs:.1f} s")

@@ -338,6 +338,33 @@ def phases_table(run: Run) -> str:
     return _table(("phase", "seconds", "% of all phases"), rows)
 
 
+def timeline(run: Run) -> str:
+    """When each phase of the last step with a timeline ran; overlapping ones on lines of their own."""
+    rows = [row for row in run.rows if row.get("timeline") and row.get("tokens/generated")]
+    if not rows:
+        return ""
+    spans, step = rows[-1]["timeline"], rows[-1]["step"]
+    end = max(stop for *_, stop in spans) or 1.0
+    names = list(dict.fromkeys(name for name, *_ in spans))
+    height, scale = 22 * len(names) + 24, (WIDTH - 90 - RIGHT) / end
+    parts = []
+    for line, name in enumerate(names):
+        y = 22 * line + 4
+        parts.append(f'<text class="y" x="84" y="{y + 13}">{escape(name)}</text>')
+        for _, start, stop in (span for span in spans if span[0] == name):
+            place = f'x="{90 + scale * start:.1f}" width="{max(1.0, scale * (stop - start)):.1f}"'
+            note = f"<title>{escape(name)}: {start:.2f} to {stop:.2f} s</title>"
+            parts.append(f'<rect class="span" {place} y="{y}" height="16">{note}</rect>')
+    for value in ticks(0.0, end):
+        x = 90 + scale * value
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 4}">{value:g} s</text>')
+    return (
+        f'<div class="card"><h3>Timeline of step {step}; workers: verification, from the first '
+        f'response to the last verdict</h3><svg viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="timeline of a step">{"".join(parts)}</svg></div>'
+    )
+
+
 def sample_browser(run: Run) -> str:
     """The last responses with their verdicts, newest first."""
     parts = []
@@ -393,7 +420,7 @@ def page(run: Run) -> str:
         "Validation": sets and f'<div class="grid">{sets}</div>',
         "Training": curves and f'<div class="grid">{curves}</div>',
         "Resets of the reference": resets_table(run) if run.resets else "",
-        "Where the time went": phases_table(run) if run.rows else "",
+        "Where the time went": phases_table(run) + timeline(run) if run.rows else "",
         "Responses": sample_browser(run) if run.samples else "",
         "Settings": settings(run) if run.config else "",
     }

@@ -44,8 +44,6 @@ class ChatTokenizer:
                 "add one to its tokenizer_config.json."
             )
         self.stop_ids = self._read_stop_ids(directory)
-        pad = self._tokenizer.pad_token_id
-        self.pad_id: int = self.stop_ids[0] if pad is None else pad
 
     def _read_stop_ids(self, directory: Path) -> tuple[int, ...]:
         """What the files declare; the default of a tokenizer class may be no token of the model."""

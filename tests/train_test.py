@@ -25,6 +25,7 @@ SMALL = {
     "rollout.max_sampling_rounds": 2,
     "update.num_minibatches": 2,
     "update.micro_batch_rows": 8,
+    "update.row_len": 256,
     "validation.every": 2,
     "validation.prompts_per_level": 1,
     "validation.samples": 2,

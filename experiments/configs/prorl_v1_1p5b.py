@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
                 "shape": str(ASSETS / "shapes" / "qwen2_1p5b_r1.json"),
             },
             "mesh": {"fsdp": 8},
-            "rollout": {"max_prompt_len": 1024, "max_response_len": 15360},
+            "rollout": {"max_prompt_len": 1024, "max_response_len": 15360, "sample_rows": 64},
             "update": {"row_len": 16384, "micro_batch_rows": 8},
         }
     )

@@ -1,0 +1,25 @@
+from prolong_jax import sample
+from prolong_jax.sample import Chat, main
+
+
+def test_text_streams_and_ends_at_stop_strings(capsys, monkeypatch):
+    monkeypatch.setattr(sample, "CHUNK", 2)
+    chat, pieces = Chat(), []
+    prompt = "Compute 12 + 7."
+    whole = chat(prompt, max_tokens=24, on_text=pieces.append)
+    assert "".join(pieces) == whole and len([p for p in pieces if p]) > 2
+    assert chat(prompt, max_tokens=24) == whole == capsys.readouterr().out
+    assert len({chat(prompt, max_tokens=24, seed=n, on_text=len) for n in range(4)}) > 1
+    end = whole[3:5]
+    cut = chat(prompt, max_tokens=24, stop=[end], on_text=len)
+    assert end in cut and whole.startswith(cut) and cut != whole
+
+
+def test_bad_settings_are_refused(capsys):
+    for flags, message in (
+        (["--temperature=0"], "expected temperature above 0"),
+        (["--max_tokens=0"], "an answer of 0 do not fit"),
+        (["--model=/nowhere"], "/nowhere"),
+    ):
+        assert main(["--prompt=hi", *flags]) == 2
+        assert message in capsys.readouterr().err
