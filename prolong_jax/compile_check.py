@@ -39,6 +39,7 @@ from prolong_jax.config import ASSETS, RunConfig, check, for_stage, load, packin
 from prolong_jax.mesh import (
     ROW_AXES,
     ROWS,
+    cache_spec,
     make_mesh,
     param_shardings,
     replicated,
@@ -51,7 +52,6 @@ from prolong_jax.next_token import SamplingRule
 from prolong_jax.optimizer import make_optimizer, opt_state_shardings
 from prolong_jax.packing import pack
 from prolong_jax.roofline import DEVICES, Device, demand, floors
-from prolong_jax.sampler import cache_spec
 from prolong_jax.slots import slots_of
 from prolong_jax.types import PyTree, TrainState
 from prolong_jax.update import make_score, make_update

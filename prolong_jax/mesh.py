@@ -159,6 +159,11 @@ def by_rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, ROWS)
 
 
+def cache_spec(kv_heads: int, mesh: Mesh) -> P:
+    """Rows over the devices that share them, and heads over the tensor axis where it divides."""
+    return P(ROW_AXES, None if kv_heads % mesh.shape["tensor"] else "tensor")
+
+
 def constrain(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
     """Asks the compiler to lay out `x` like this; nothing to ask without a mesh."""
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

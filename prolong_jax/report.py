@@ -74,7 +74,7 @@ svg .no { fill: var(--mark); }
 .dashed { stroke-dasharray: 4 3; } .range { fill: currentColor; opacity: .18; stroke: none; }
 .c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2, .good { color: var(--c2); }
 .c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--ink); stroke-width: 2.2; }
-.bad { color: var(--mark); } .part { color: var(--part); } circle { fill: currentColor; }
+.span { fill: var(--c0); opacity: .75; } .bad { color: var(--mark); } .part { color: var(--part); } circle { fill: currentColor; }
 .keys { display: flex; flex-wrap: wrap; gap: 0 12px; font-size: 12px; margin-bottom: 6px; }
 details + details, dl + details { border-top: 1px solid var(--line); }
 summary { cursor: pointer; padding: 6px 0; } pre { white-space: pre-wrap; font-size: 12.5px;

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prolong_jax.masked import chosen_logp
-from prolong_jax.mesh import ROW_AXES, by_rows
+from prolong_jax.mesh import ROW_AXES, by_rows, cache_spec
 from prolong_jax.models.attention import causal_mask
 from prolong_jax.models.decoder import Cache, Model, positions_of
 from prolong_jax.next_token import SamplingRule, draw, sampled_logits
@@ -129,9 +129,8 @@ def _arrange(
             if prompts is not None:
                 read = prompts[i].reshape(-1, *prompts[i].shape[2:])
                 read = place(read, read.shape[axis] - clock, axis)[source_B]
-                rows = (
-                    read if rows is None else jnp.where(is_new_B[:, None, None, None], read, rows)
-                )
+                is_new = is_new_B[:, None, None, None]
+                rows = read if rows is None else jnp.where(is_new, read, rows)
             out.append(rows)
         return tuple(out)
 
@@ -142,11 +141,6 @@ def _arrange(
     in_specs = (layer, PartitionSpec(None, *layer), spec, spec, whole, whole)
     function = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=layer)
     return function(old, prompts, source_B, is_new_B, shift, clock)
-
-
-def cache_spec(kv_heads: int, mesh: Mesh) -> PartitionSpec:
-    """Rows over the devices that share them, and heads over the tensor axis where it divides."""
-    return PartitionSpec(ROW_AXES, None if kv_heads % mesh.shape["tensor"] else "tensor")
 
 
 @partial(jax.jit, static_argnames=("model", "rule", "chunk"), donate_argnums=(2,))
@@ -214,7 +208,7 @@ def generate(
 
     Args:
       model: the decoder.
-      params: its parameters, as from `rollout.sampling_copy`.
+      params: its parameters, as from `decoder.sampling_copy`.
       ask: number of free slots -> more requests. Called when none waits for a slot, after the
         consumer has seen all samples but those of the newest chunk. Sampling ends where it
         returns nothing and nothing is left to decode.

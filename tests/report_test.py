@@ -78,6 +78,22 @@ def test_the_page_stands_alone_and_is_small(workdir):
     assert "<script" not in html and len(html) < 500_000
 
 
+def test_the_timeline_is_that_of_the_last_step_and_to_scale(workdir):
+    assert "Timeline of step" not in page(workdir)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows[-2:]:
+        row["tokens/generated"] = 100
+        row["timeline"] = [["sample", 0.0, 1.0], ["workers", 0.5, 2.0]]
+    rows[-1]["timeline"] = [["sample", 0.0, 2.0], ["workers", 1.0, 2.0], ["update", 2.0, 4.0]]
+    write_rows(workdir / "metrics.jsonl", rows)
+    html = page(workdir)
+    assert "Timeline of step 100" in html
+    spans = re.findall(r'<rect class="span" x="([\d.]+)" width="([\d.]+)" y="(\d+)"', html)
+    (x, wide, first), (later, half, second), (last, _, third) = [map(float, s) for s in spans]
+    assert (later, last) == pytest.approx((x + wide / 2, x + wide), abs=0.2)
+    assert half == pytest.approx(wide / 2, abs=0.2) and first < second < third
+
+
 def test_responses_are_escaped(workdir):
     html = page(workdir)
     assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; more" in html
