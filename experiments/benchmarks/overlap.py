@@ -70,7 +70,9 @@ def main() -> None:
         sample_rows=64, compile_ahead=True,
     )  # fmt: skip
     rule = SamplingRule((), 1.0)  # nothing stops: every response has its full length
-    print(f"{machine()}, {WORKERS} workers, {PROMPTS * GROUP_SIZE} items of {DELAY_S} s", flush=True)
+    print(
+        f"{machine()}, {WORKERS} workers, {PROMPTS * GROUP_SIZE} items of {DELAY_S} s", flush=True
+    )
     with SlowPool(WORKERS, time_limit_s=20.0) as slow:
         slow.check(["code"])
         took: dict[str, list[float]] = {"none": [], "slow": []}
