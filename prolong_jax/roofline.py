@@ -234,6 +234,9 @@ def _traffic(item: Instruction, shapes: Mapping[str, str], computations: Computa
         return 0
     sizes = [shape_bytes(shapes.get(o, "")) for o in item.operands]
     result = shape_bytes(item.shape)
+    if item.opcode in ("slice-start", "dynamic-slice-start"):  # (operands), slice, context
+        taken = item.shape.partition("), ")[2]
+        return shape_bytes(taken.replace("S(1)", "")) + shape_bytes(taken)
     if item.opcode.endswith("-start"):  # its result names the operands too
         return result
     if item.opcode in ("dynamic-slice", "slice", "gather"):

@@ -138,6 +138,23 @@ def test_forms_of_tpu_compilers():
     assert demand(told, 8).bytes == found.bytes - 4 * compared
 
 
+# How a TPU compiler fetches a part of a weight into on-chip memory beside other work.
+SLICED = """HloModule m
+ENTRY %main (w: bf16[1536,8960]) -> bf16[384,8960] {
+  %w = bf16[1536,8960]{1,0:T(8,128)(2,1)} parameter(0)
+  %s = ((bf16[1536,8960]{1,0:T(8,128)(2,1)}), bf16[384,8960]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:384], [0:8960]}
+  ROOT %d = bf16[384,8960]{1,0:T(8,128)(2,1)S(1)} slice-done(%s)
+}
+"""
+
+
+def test_an_asynchronous_slice_is_read_once_and_alone():
+    context = 2 * 4
+    assert demand(SLICED, 1).bytes == 384 * 8960 * 2 + context
+    to_memory = SLICED.replace("(2,1)S(1)}", "(2,1)}")
+    assert demand(to_memory, 1).bytes == 2 * 384 * 8960 * 2 + context
+
+
 def test_sizes_and_groups():
     assert shape_bytes("(bf16[2,3]{1,0:T(8,128)(2,1)}, /*index=1*/pred[5], s32[])") == 12 + 5 + 4
     assert shape_bytes("f8e4m3fn[8]{0}") == 8
