@@ -11,6 +11,7 @@ import argparse
 import sys
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,24 +53,21 @@ class Chat:
         self,
         prompt: str,
         *,
-        temperature: float = 0.6,
-        top_k: int = 0,
-        top_p: float = 0.95,
-        min_p: float = 0.0,
         max_tokens: int = 1024,
         stop: Sequence[str] = (),
         seed: int = 0,
-        on_text: Callable[[str], None] = show,
+        on_text: Callable[[str], object] = show,
+        **sampling: Any,
     ) -> str:
         """Samples an answer.
 
         Args:
           prompt: the user's message.
-          temperature, top_k, top_p, min_p: see `SamplingRule`.
           max_tokens: of the answer; fewer where the model has no positions for them.
           stop: strings that end the answer.
           seed: another one gives another answer.
           on_text: gets each new piece of text.
+          **sampling: temperature (0.6), top_k (0: all), top_p (0.95), min_p (0); see `SamplingRule`.
 
         Returns:
           The whole text, a stop string included.
@@ -78,11 +76,7 @@ class Chat:
           ValueError: settings out of range, or a prompt that leaves no room for an answer.
         """
         tokenizer, config = self.tokenizer, self.model.config
-        if temperature <= 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1:
-            raise ValueError(
-                "sampling: expected temperature above 0, top_k of 0 or more, top_p in (0, 1] and "
-                f"min_p in [0, 1), got {temperature}, {top_k}, {top_p} and {min_p}."
-            )
+        rule = _rule(tokenizer.stop_ids, **sampling)
         tokens, opening = tokenizer.encode_chat([{"role": "user", "content": prompt}])
         room = config.max_positions - len(tokens)
         if max_tokens < 1 or room < 1:
@@ -101,7 +95,6 @@ class Chat:
                 shown[0] = text
             return kept
 
-        rule = SamplingRule(tokenizer.stop_ids, temperature, top_k, top_p, min_p)
         slots = Slots(1, -(-len(tokens) // PROMPT_UNIT) * PROMPT_UNIT, budget, chunk=CHUNK)
         keys = sample_keys(seed, 0, [zlib.crc32(prompt.encode())], 1)[0]
         asked = iter([[Request(0, tokens, keys, budget)]])
@@ -114,11 +107,26 @@ class Chat:
         return opening + text
 
 
+def _rule(
+    stop_ids: Sequence[int],
+    temperature: float = 0.6,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    min_p: float = 0.0,
+) -> SamplingRule:
+    if temperature <= 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1:
+        raise ValueError(
+            "sampling: expected temperature above 0, top_k of 0 or more, top_p in (0, 1] and "
+            f"min_p in [0, 1), got {temperature}, {top_k}, {top_p} and {min_p}."
+        )
+    return SamplingRule(tuple(stop_ids), temperature, top_k, top_p, min_p)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m prolong_jax.sample", allow_abbrev=False)
     parser.add_argument("--model", default=TINY_BASE, help="directory, hub name or address")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--temperature", type=float, default=0.6, help="above 0")
     parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
     parser.add_argument("--top_p", type=float, default=0.95)
     parser.add_argument("--min_p", type=float, default=0.0)

@@ -337,7 +337,7 @@ PLANTED = [
     ("update", WIDE, "9 arguments"),
     ("update", DEEP, "nests 4 levels"),
     ("losses", "x = 1\n" * 1801, "core files have 1801"),
-    ("evaluate", "x = 1\n" * 11501, "package has 11501"),
+    ("evaluate", "x = 1\n" * 12501, "package has 12501"),
 ]
 
 

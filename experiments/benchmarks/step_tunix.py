@@ -1,5 +1,7 @@
 """The tunix side of step.py; runs in an environment of its own and knows nothing of this package."""
 
+# pyright: reportMissingImports=false
+
 import argparse
 import functools
 import json

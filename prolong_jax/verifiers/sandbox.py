@@ -444,8 +444,10 @@ def _tree(pid: int) -> list[int]:
 
 def _resident_bytes(pid: int) -> int:
     """Of any living thread: where the first one has ended, the process itself seems empty."""
-    for statm in Path(f"/proc/{pid}/task").glob("*/statm"):
-        with suppress(OSError):  # it has ended
-            if pages := int(statm.read_text().split()[1]):
-                return pages * resource.getpagesize()
+    with suppress(OSError):  # it has ended
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError):
+                statm = Path(f"/proc/{pid}/task/{task}/statm").read_text()
+                if pages := int(statm.split()[1]):
+                    return pages * resource.getpagesize()
     return 0
