@@ -444,10 +444,12 @@ def _tree(pid: int) -> list[int]:
 
 def _resident_bytes(pid: int) -> int:
     """Of any living thread: where the first one has ended, the process itself seems empty."""
+    tasks: list[str] = []
     with suppress(OSError):  # it has ended
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with suppress(OSError):
-                statm = Path(f"/proc/{pid}/task/{task}/statm").read_text()
-                if pages := int(statm.split()[1]):
-                    return pages * resource.getpagesize()
+        tasks = os.listdir(f"/proc/{pid}/task")
+    for task in tasks:
+        with suppress(OSError):
+            statm = Path(f"/proc/{pid}/task/{task}/statm").read_text()
+            if pages := int(statm.split()[1]):
+                return pages * resource.getpagesize()
     return 0
