@@ -67,32 +67,46 @@ def _matmul_forward(x_BTD, weight_DF):
 
 
 def _matmul_backward(saved, d_BTF):
-    """As JAX would, but the weight's gradient comes without a transposition, slow on CPU."""
+    """As JAX would, but without transposing more than the narrower operand, slow on CPU."""
     x_BTD, weight_DF = saved
     d_BTD = jax.lax.dot_general(d_BTF, weight_DF, (((2,), (1,)), ((), ())))
+    if x_BTD.shape[-1] > d_BTF.shape[-1]:
+        return d_BTD, jax.lax.dot_general(d_BTF, x_BTD, (((0, 1), (0, 1)), ((), ()))).T
     return d_BTD, jax.lax.dot_general(x_BTD, d_BTF, (((0, 1), (0, 1)), ((), ())))
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-@jax.custom_vjp
-def _scaled(x_BTD, scale_D):
-    return x_BTD * scale_D
+def _sum_last(x):
+    """Sum over the last axis, kept; on CPU XLA is faster at a product with ones."""
+    ones = jnp.ones((x.shape[-1], 1), x.dtype)
+    return jax.lax.platform_dependent(
+        x,
+        cpu=lambda x: jnp.matmul(x, ones, precision="highest"),
+        default=lambda x: x.sum(axis=-1, keepdims=True),
+    )
 
 
-def _scaled_forward(x_BTD, scale_D):
-    return x_BTD * scale_D, (x_BTD, scale_D)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rms_norm(x, scale_D, epsilon):
+    return _rms_norm_forward(x, scale_D, epsilon)[0]
 
 
-def _scaled_backward(saved, d_BTD):
-    """As JAX would, but the sum over tokens is a matrix product, faster on CPU."""
-    x_BTD, scale_D = saved
-    products_ND = (x_BTD * d_BTD).reshape(-1, scale_D.size)
-    return d_BTD * scale_D, jnp.matmul(jnp.ones(len(products_ND)), products_ND, precision="highest")
+def _rms_norm_forward(x, scale_D, epsilon):
+    inverse = jax.lax.rsqrt(_sum_last(jnp.square(x)) / scale_D.size + epsilon)
+    return x * inverse * scale_D, (x, inverse, scale_D)
 
 
-_scaled.defvjp(_scaled_forward, _scaled_backward)
+def _rms_norm_backward(epsilon, saved, d):
+    """As JAX would, but with `_sum_last`."""
+    x, inverse, scale_D = saved
+    normal, d_normal = x * inverse, d * scale_D
+    d_x = inverse * (d_normal - normal * (_sum_last(normal * d_normal) / scale_D.size))
+    return d_x, _sum_last((normal * d).reshape(-1, scale_D.size).T)[:, 0]
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 class RMSNorm(nnx.Module):
@@ -103,9 +117,7 @@ class RMSNorm(nnx.Module):
         self.epsilon, self.dtype = epsilon, dtype
 
     def __call__(self, x):
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
-        return _scaled(x, self.scale[...]).astype(self.dtype)
+        return _rms_norm(x.astype(jnp.float32), self.scale[...], self.epsilon).astype(self.dtype)
 
 
 def _product(x_BTD, weight_DF, dimension_numbers, **_):
