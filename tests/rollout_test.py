@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prolong_jax import groups, rollout
+from prolong_jax import groups, rollout, sampler
 from prolong_jax.config import TINY_BASE, MeshSettings, RolloutSettings
 from prolong_jax.data.mixture import Position, prompt_at
 from prolong_jax.data.prompts import Prompt
@@ -201,6 +201,25 @@ def test_a_group_has_its_own_samples_and_verdicts(tiny):
         assert [len(logp) for logp in g.logp] == [len(tokens) for tokens in g.tokens]
     (alone,) = rounds_of(tiny, SlowPool(), prompts=TASKS[1:2])
     assert alone[0].tokens == groups[1].tokens
+
+
+def test_responses_are_judged_while_others_are_decoded(tiny, monkeypatch):
+    events, decode = [], sampler._decode
+
+    class Watched(SlowPool):
+        def submit(self, *item):
+            events.append("submit")
+            super().submit(*item)
+
+    def watched(*arguments):
+        events.append("decode")
+        return decode(*arguments)
+
+    monkeypatch.setattr(sampler, "_decode", watched)
+    rounds_of(tiny, Watched(), prompts=TASKS[:6])
+    assert events.count("submit") == 24
+    last = len(events) - events[::-1].index("decode") - 1
+    assert events[0] == "decode" and 8 <= events[:last].count("submit") < 24
 
 
 def test_a_further_round_begins_with_what_verdicts_say_however_long_they_take(tiny):
