@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from prolong_jax.config import TINY_BASE
+from prolong_jax.models import decoder
 from prolong_jax.models.attention import causal_mask
 from prolong_jax.models.decoder import Model, positions_of
 from prolong_jax.models.hf import load_params, read_config
@@ -80,3 +81,27 @@ def test_the_base_model_is_of_the_stated_size():
     assert 1e6 <= sum(x.size for x in jax.tree.leaves(model.shapes())) <= 3e6
     assert 512 <= model.config.vocab_size <= 1024
     assert sum(entry.stat().st_size for entry in os.scandir(TINY_BASE)) <= 8 * 2**20
+
+
+def plain_rms_norm(x, scale):
+    return x / jnp.sqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6) * scale
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain", "shape"),
+    [
+        (decoder._matmul, jnp.matmul, (24, 40)),
+        (decoder._matmul, jnp.matmul, (40, 24)),
+        (lambda x, scale: decoder._rms_norm(x, scale, 1e-6), plain_rms_norm, (24,)),
+    ],
+)
+def test_written_gradients_are_those_that_jax_derives(ours, plain, shape):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, weight = rng.normal(size=(2, 5, shape[0])), rng.normal(size=shape)
+        out, pull = jax.vjp(ours, x, weight)
+        expected, pull_expected = jax.vjp(plain, x, weight)
+        np.testing.assert_allclose(out, expected, rtol=1e-12)
+        d_out = rng.normal(size=out.shape)
+        for found, right in zip(pull(d_out), pull_expected(d_out), strict=True):
+            np.testing.assert_allclose(found, right, rtol=1e-11, atol=1e-13)
