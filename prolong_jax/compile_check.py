@@ -182,12 +182,15 @@ def programs(run: RunConfig, mesh: Mesh, model: Model, only: Sequence[str]) -> I
         forward = forward_flops(model.config, tokens, shape[2] / 2, tokens)
         trained = for_training(model, mesh, run.model, row_layout(run))
         temperature, optimizer = run.rollout.temperature, make_optimizer(run.optimizer)
+        one_update = run.update.num_minibatches == 1
         if "update" in only:
-            update = make_update(trained, optimizer, mesh, run.loss, temperature)
+            update = make_update(
+                trained, optimizer, mesh, run.loss, temperature, on_policy=one_update
+            )
             yield Program("update", update, (state, batch, 1), 3 * forward)
         if "score" in only:
-            score = make_score(trained, temperature)
-            yield Program("score", score, (state, batch, 1), 2 * forward)
+            score = make_score(trained, temperature, policy=not one_update)
+            yield Program("score", score, (state, batch, 1), (2 - one_update) * forward)
     yield from _sampling(run, mesh, model, only, state)
 
 

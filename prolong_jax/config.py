@@ -60,7 +60,9 @@ class RolloutSettings:
     max_sampling_rounds: int = 4  # rounds of prompts_per_step prompts, at most
     stop_strings: tuple[str, ...] = ()  # that end a response, beside the model's stop tokens
     sample_rows: int = 256  # responses that a process samples at once; bounds its KV cache
-    cache_lens: int = 8  # sizes of the KV cache: more of them compile longer and read less in vain
+    cache_lens: int = (
+        8  # sizes of the KV cache, or one more: many compile longer, read less in vain
+    )
     compile_ahead: bool = True  # compile for all sizes of the cache at the start, not when met
     stop_properly: float = 1.0  # factor on the reward of unterminated responses; < 0 replaces it
 
@@ -198,6 +200,7 @@ class RunConfig:
 
 # Settings that may differ when a workdir is continued.
 MAY_CHANGE = ("total_steps", "mesh", "metrics", "checkpoint", "verifiers")
+MAY_CHANGE += ("rollout.compile_ahead",)
 _OVERRIDABLE = ("rollout", "loss", "optimizer", "update")
 
 
@@ -489,6 +492,9 @@ def _check_sizes(run: RunConfig) -> None:
         f"'rollout.stop_properly' must be at most 1, got {rollout.stop_properly}.",
     )
     _require(
+        "" not in rollout.stop_strings, "'rollout.stop_strings' has an empty one; leave it out."
+    )
+    _require(
         rollout.sample_rows >= rollout.group_size,
         f"'rollout.sample_rows' ({rollout.sample_rows}) must hold a group of "
         f"'rollout.group_size' ({rollout.group_size}).",
@@ -514,11 +520,14 @@ def packing(run: RunConfig) -> dict[str, int]:
 
 
 def row_layout(run: RunConfig) -> tuple[int, int]:
-    """Of a packed row: slots for prompts that are shared, and lanes, each for one response at least."""
+    """Of a packed row: slots for prompts that are shared, and lanes, each for one response at least.
+
+    (0, 1), a row without parts, where there would be one lane.
+    """
     rollout, row_len = run.rollout, run.update.row_len
     room = row_len - max(1, rollout.max_prompt_len - 1)
-    lanes = max(1, room // (rollout.max_response_len + 1))
-    return row_len - room // lanes * lanes, lanes
+    lanes = room // (rollout.max_response_len + 1)
+    return (row_len - room // lanes * lanes, lanes) if lanes > 1 else (0, 1)
 
 
 def refuse_other(run: RunConfig, saved: Mapping[str, Any], workdir: str | Path) -> None:

@@ -1,7 +1,7 @@
 """Groups of responses: what the verdicts make of them, for the update and for the records."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ from prolong_jax.advantages import group_advantage, is_dead, stop_properly
 from prolong_jax.config import RolloutSettings
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.packing import Conversation
-from prolong_jax.verifiers import Status
+from prolong_jax.slots import Sample
+from prolong_jax.verifiers import Status, Verdict
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,37 @@ class Group:
     @property
     def is_dead(self) -> bool:
         return bool(is_dead(np.array(self.scores), self.scored))
+
+
+@dataclass
+class OpenGroup:
+    """A group whose responses or verdicts are still to come, by index of the response."""
+
+    prompt: Prompt
+    tokens: list[int]
+    truncated: bool
+    opening: str  # what the chat template puts in front of each response
+    samples: dict[int, Sample] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    verdicts: dict[int, Verdict] = field(default_factory=dict)
+
+    def closed(self, size: int, step: int) -> Group:
+        """The group, once all its responses have verdicts."""
+        samples = [self.samples[i] for i in range(size)]
+        verdicts = [self.verdicts[i] for i in range(size)]
+        return Group(
+            prompt=self.prompt,
+            prompt_tokens=self.tokens,
+            tokens=[sample.tokens for sample in samples],
+            logp=[sample.logp for sample in samples],
+            stopped=[sample.reason != "length" for sample in samples],
+            texts=[self.texts[i] for i in range(size)],
+            scores=[verdict.score for verdict in verdicts],
+            statuses=[str(verdict.status) for verdict in verdicts],
+            details=[verdict.detail for verdict in verdicts],
+            step=step,
+            truncated=self.truncated,
+        )
 
 
 def advantages(group: Group, settings: RolloutSettings) -> np.ndarray:

@@ -3,6 +3,7 @@
 A metrics row is a flat mapping with "step" (0: the evaluation of the base model) and, where known,
 "stage", "stage_index", "reset" (why the reference was reset just before this step, or None) and
 numbers such as "update/entropy" (nats per token), "reward/math" (raw, [0, 1]), "time/sample_s".
+"time/idle_s" is what no phase took of the step;
 "timeline" lists [phase, from, to] in seconds since the step began; phases may overlap.
 """
 

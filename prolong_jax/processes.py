@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.experimental.compilation_cache import compilation_cache
 
 from prolong_jax.config import MeshSettings
 
@@ -171,7 +172,7 @@ class Timer:
     """Adds up seconds per phase: `with timer("sample"): ...`. A phase within another counts alone."""
 
     def __init__(self):
-        self._begin = time.monotonic()
+        self.begin = time.monotonic()
         self._seconds: dict[str, float] = {}
         self._spans: list[tuple[str, float, float]] = []
         self._inner = [0.0]  # seconds of the phases inside of each open one
@@ -189,7 +190,7 @@ class Timer:
 
     def span(self, name: str, start: float, end: float) -> None:
         """Puts a stretch of `time.monotonic` on the timeline alone."""
-        self._spans.append((name, start - self._begin, end - self._begin))
+        self._spans.append((name, start - self.begin, end - self.begin))
 
     def take(self) -> tuple[dict[str, float], list[tuple[str, float, float]]]:
         """Seconds by phase and the timeline (name, from, to) so far, and a fresh start."""
@@ -224,7 +225,8 @@ def take_compilations() -> dict[str, float]:
 
 def keep_compilations(directory: Path) -> None:
     """Keeps compiled programs in a directory, unless JAX_COMPILATION_CACHE_DIR names one."""
-    if not jax.config.values["jax_compilation_cache_dir"]:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        compilation_cache.reset_cache()  # it may be that of another workdir
         jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from prolong_jax.config import RolloutSettings
 from prolong_jax.data.mixture import Position
 from prolong_jax.data.prompts import Prompt
-from prolong_jax.groups import Group
+from prolong_jax.groups import Group, OpenGroup
 from prolong_jax.mesh import local_mesh
 from prolong_jax.models.decoder import Model
 from prolong_jax.next_token import SamplingRule, sample_keys
@@ -61,19 +62,6 @@ class Plan:
     step: int  # of the training; part of every response's key
 
 
-@dataclass
-class _Open:
-    """A group whose responses or verdicts are still to come, by index of the response."""
-
-    prompt: Prompt
-    tokens: list[int]
-    truncated: bool
-    opening: str  # what the chat template puts in front of each response
-    samples: dict[int, Sample] = field(default_factory=dict)
-    texts: dict[int, str] = field(default_factory=dict)
-    verdicts: dict[int, Verdict] = field(default_factory=dict)
-
-
 def sample_groups(
     collector: Collector, params: PyTree, prompts: Sequence[Prompt], plan: Plan, timer: Timer
 ) -> list[Group]:
@@ -91,9 +79,9 @@ class _Rounds:
     def __init__(self, collector: Collector, plan: Plan, timer: Timer):
         self.collector, self.plan, self.timer = collector, plan, timer
         self.slots = slots_of(plan.settings, local_mesh(collector.mesh))
-        self.groups: list[_Open] = []
+        self.groups: list[OpenGroup] = []
         self.sizes: list[int] = []  # groups of each round
-        self.complete: list[_Open] = []  # all their responses are there
+        self.complete: list[OpenGroup] = []  # all their responses are there
         self.seen = 0  # of the complete ones, at the last look
 
     def sample(
@@ -117,16 +105,15 @@ class _Rounds:
         """
         plan, pool, submitted = self.plan, self.collector.pool, 0.0
         sizes = plan.rule, self.slots
-        if plan.settings.compile_ahead and sizes not in self.collector.compiled:
-            compile_ahead(self.collector.model, params, *sizes)
-            self.collector.compiled.add(sizes)
 
         def ask(free: int) -> list[Request]:
             if not self.sizes:
                 return self._requests(first)
             known, self.seen = self.complete[: self.seen], len(self.complete)
-            if further is None or 2 * free < self.slots.rows:
+            if further is None or 2 * free < self.slots.most * self.slots.devices:
                 return []
+            if not further(len(self.sizes), len(known)):
+                return []  # whatever their verdicts
             with self.timer("verify"):
                 while any(len(group.verdicts) < plan.group_size for group in known):
                     self._note(pool.poll(timeout_s=1.0))
@@ -134,6 +121,9 @@ class _Rounds:
             return self._requests(further(len(self.sizes), dead))
 
         with self.timer("sample"):
+            if plan.settings.compile_ahead and sizes not in self.collector.compiled:
+                compile_ahead(self.collector.model, params, *sizes)
+                self.collector.compiled.add(sizes)
             samples = generate(
                 self.collector.model,
                 params,
@@ -168,7 +158,7 @@ class _Rounds:
                     f"most {settings.max_prompt_len} fit; raise the limit, drop the prompt, or set "
                     "rollout.long_prompts to 'truncate'."
                 )
-            self.groups.append(_Open(prompt, tokens[max(0, excess) :], excess > 0, opening))
+            self.groups.append(OpenGroup(prompt, tokens[max(0, excess) :], excess > 0, opening))
         numbers = [zlib.crc32(p.id.encode()) for p in prompts]
         keys = sample_keys(self.collector.seed, self.plan.step, numbers, self.plan.group_size)
         return [
@@ -189,23 +179,8 @@ class _Rounds:
         for (number, index), verdict in verdicts:
             self.groups[number].verdicts[index] = verdict
 
-    def _closed(self, group: _Open) -> Group:
-        order = range(self.plan.group_size)
-        samples = [group.samples[i] for i in order]
-        verdicts = [group.verdicts[i] for i in order]
-        return Group(
-            prompt=group.prompt,
-            prompt_tokens=group.tokens,
-            tokens=[sample.tokens for sample in samples],
-            logp=[sample.logp for sample in samples],
-            stopped=[sample.reason != "length" for sample in samples],
-            texts=[group.texts[i] for i in order],
-            scores=[verdict.score for verdict in verdicts],
-            statuses=[str(verdict.status) for verdict in verdicts],
-            details=[verdict.detail for verdict in verdicts],
-            step=self.plan.step,
-            truncated=group.truncated,
-        )
+    def _closed(self, group: OpenGroup) -> Group:
+        return group.closed(self.plan.group_size, self.plan.step)
 
 
 def collect(
@@ -219,8 +194,8 @@ def collect(
 ) -> tuple[list[Group], list[Group]]:
     """Fills one training step with live groups, and moves the cursor.
 
-    A process that sees enough dead groups among its own goes on to the next round by itself; it
-    tells the others when their turn comes. Which rounds there are depends on the rewards alone.
+    A process that is alone begins a round ahead, as soon as enough dead groups make it certain; of
+    several, none does. Which rounds there are depends on the rewards alone.
 
     Args:
       params: the policy, as from `sampling_copy`.
@@ -236,9 +211,10 @@ def collect(
     """
     rule = SamplingRule(collector.tokenizer.stop_ids, settings.temperature)
     plan = Plan(settings, settings.group_size, rule, step)
+    ahead = settings.dynamic_sampling and jax.process_count() == 1
     wanted, live, sampled = settings.prompts_per_step, list(cursor.surplus), []
     drawn: list[tuple[list[Prompt], Position]] = []  # of each round
-    done: list[list[Group]] = []  # this process's groups of each round, perhaps ahead of the others
+    done: list[list[Group]] = []  # of each round, this process's
 
     def prompts_of(number: int) -> list[Prompt]:
         while len(drawn) <= number:
@@ -256,14 +232,13 @@ def collect(
 
         if number == len(done):
             rounds = _Rounds(collector, plan, timer)
-            done.extend(rounds.sample(params, mine, further if settings.dynamic_sampling else None))
+            done.extend(rounds.sample(params, mine, further if ahead else None))
         return done[number]
 
     for number in range(settings.max_sampling_rounds):
         if len(live) >= wanted:
             break
-        groups = share(prompts_of(number), work)
-        cursor.position = drawn[number][1]
+        groups, cursor.position = share(prompts_of(number), work), drawn[number][1]
         sampled += groups
         live += [g for g in groups if not (settings.dynamic_sampling and g.is_dead)]
     cursor.surplus = live[wanted:]

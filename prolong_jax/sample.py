@@ -26,7 +26,7 @@ from prolong_jax.slots import Request, Slots
 from prolong_jax.tokenizer import ChatTokenizer, stop_finder
 
 CHUNK = 8  # tokens between two pieces of text
-PROMPT_UNIT = 64  # prompts of nearly equal length share their compilation
+PROMPT_UNIT, ANSWER_UNIT = 64, 1024  # sizes of nearly equal length share their compilation
 
 
 def show(piece: str) -> None:
@@ -54,7 +54,7 @@ class Chat:
         prompt: str,
         *,
         max_tokens: int = 1024,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int = 0,
         on_text: Callable[[str], object] = show,
         **sampling: Any,
@@ -64,7 +64,7 @@ class Chat:
         Args:
           prompt: the user's message.
           max_tokens: of the answer; fewer where the model has no positions for them.
-          stop: strings that end the answer.
+          stop: a string, or several, that ends the answer.
           seed: another one gives another answer.
           on_text: gets each new piece of text.
           **sampling: temperature (0.6), top_k (0: all), top_p (0.95), min_p (0); see `SamplingRule`.
@@ -79,13 +79,15 @@ class Chat:
         rule = _rule(tokenizer.stop_ids, **sampling)
         tokens, opening = tokenizer.encode_chat([{"role": "user", "content": prompt}])
         room = config.max_positions - len(tokens)
-        if max_tokens < 1 or room < 1:
+        if max_tokens < 1:
+            raise ValueError(f"sampling: expected max_tokens of 1 or more, got {max_tokens}.")
+        if room < 1:
             raise ValueError(
-                f"sampling: a prompt of {len(tokens)} tokens and an answer of {max_tokens} do not "
-                f"fit into 1 to {config.max_positions} positions; shorten the prompt."
+                f"sampling: a prompt of {len(tokens)} tokens leaves none of the model's "
+                f"{config.max_positions} positions for an answer; shorten it."
             )
         budget = min(max_tokens, room)
-        find, shown = stop_finder(tokenizer.decode, stop), [""]
+        find, shown = stop_finder(tokenizer.decode, [stop] if type(stop) is str else stop), [""]
 
         def watch(tokens: list[int]) -> int | None:
             kept = find(tokens)
@@ -95,15 +97,17 @@ class Chat:
                 shown[0] = text
             return kept
 
-        slots = Slots(1, -(-len(tokens) // PROMPT_UNIT) * PROMPT_UNIT, budget, chunk=CHUNK)
+        sizes = (
+            -(-n // unit) * unit for n, unit in ((len(tokens), PROMPT_UNIT), (budget, ANSWER_UNIT))
+        )
+        slots = Slots(1, *sizes, cache_lens=2, chunk=CHUNK)
         keys = sample_keys(seed, 0, [zlib.crc32(prompt.encode())], 1)[0]
         asked = iter([[Request(0, tokens, keys, budget)]])
         on_text(opening)
         (sample,) = generate(
             self.model, self.params, lambda free: next(asked, []), rule, slots, watch
         )
-        text = tokenizer.decode(sample.tokens)
-        on_text(text[len(shown[0]) :])
+        on_text((text := tokenizer.decode(sample.tokens))[len(shown[0]) :])
         return opening + text
 
 
@@ -114,7 +118,7 @@ def _rule(
     top_p: float = 0.95,
     min_p: float = 0.0,
 ) -> SamplingRule:
-    if temperature <= 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1:
+    if not temperature > 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1:
         raise ValueError(
             "sampling: expected temperature above 0, top_k of 0 or more, top_p in (0, 1] and "
             f"min_p in [0, 1), got {temperature}, {top_k}, {top_p} and {min_p}."

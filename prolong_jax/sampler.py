@@ -3,8 +3,8 @@
 Responses occupy slots, the rows of the cache. All rows write their newest token to the same column,
 the clock, so a row's tokens lie in the columns [clock - position, clock). Decoding runs in chunks on
 the devices; between chunks the host takes out what has finished, lets others in, and rearranges the
-cache: to as many rows and columns as are needed, from a small set of sizes. Each prompt is read once
-for its group.
+cache: to as many rows and columns as are needed, from a small set of sizes. A prompt is read once for
+all responses of its group that come in together.
 
 A sample is a function of (params, prompt, key): its random numbers come from its own key and the
 index of the token, never from the batch around it.
@@ -323,13 +323,15 @@ def _seated(
         device = min(range(slots.devices), key=lambda d: len(seats[d]))
         free, request = slots.most - len(seats[device]), waiting[0].request
         group = sum(live.request is request for live in waiting)
-        if free < min(group, slots.most) or new_prompts[device] == most_prompts:
+        if free < min(group, slots.entry) or new_prompts[device] == most_prompts:
             break
         new_prompts[device] += 1
         seats[device] += [waiting.popleft() for _ in range(min(group, free))]
     rows = slots.row_count(max(map(len, seats)))
     if rows > b:
         rows = slots.most if b else rows
+    elif rows < b and waiting:
+        rows = b
     elif rows < b:  # step by step, so that there are few ways from one size to another
         rows = max(count for count in slots.row_counts if count < b)
     if rows == b and not any(new_prompts):
@@ -340,8 +342,9 @@ def _seated(
 def _least(held: Sequence[_Live | None], waiting: Sequence[_Live], slots: Slots) -> int:
     """With how many unfinished rows the host wants to look again: fewer than there are now."""
     live, most = sum(map(bool, held)), slots.most * slots.devices
-    if waiting:  # when a group, or an eighth of all, can be let in
-        return min(live - 1, most - max(most // 8, min(len(waiting[0].request.keys), most)))
+    if waiting:  # when it is certain that some device can let responses in
+        entry = min(sum(x.request is waiting[0].request for x in waiting), slots.entry)
+        return min(live - 1, most - slots.devices * (entry - 1) - 1)
     fewer = [count * slots.devices for count in slots.row_counts if count * slots.devices < live]
     return max(fewer, default=0)
 

@@ -42,7 +42,7 @@ class Slots:
     rows: int  # responses at once, at most; bounds the memory of the cache
     max_prompt_len: int  # tokens
     max_response_len: int  # tokens
-    cache_lens: int = 8  # sizes of the cache: more of them compile longer and read less in vain
+    cache_lens: int = 8  # sizes of the cache, or one more: many compile longer, read less in vain
     chunk: int = CHUNK
     mesh: Mesh | None = None  # of the local devices; None: one device
 
@@ -55,6 +55,11 @@ class Slots:
     def most(self) -> int:
         """Rows of each device."""
         return max(1, self.rows // self.devices)
+
+    @property
+    def entry(self) -> int:
+        """Free rows of a device with which it lets in a part of a group, if not the whole."""
+        return -(-self.most // 4)
 
     @property
     def row_counts(self) -> list[int]:

@@ -1,5 +1,6 @@
 """Text to tokens and back, with the chat template and the stop tokens that the model ships."""
 
+import bisect
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -94,7 +95,12 @@ def stop_finder(
     """A function: tokens of a response -> how many, at least, have one of the strings in their text.
 
     None where the text has none of them.
+
+    Raises:
+      ValueError: an empty string, which every text has.
     """
+    if "" in strings:
+        raise ValueError("stop strings: expected texts, got an empty one; leave it out.")
 
     def has_string(tokens: list[int]) -> bool:
         text = decode(tokens)
@@ -103,7 +109,7 @@ def stop_finder(
     def find(tokens: list[int]) -> int | None:
         if not strings or not has_string(tokens):
             return None
-        return next(n for n in range(1, len(tokens) + 1) if has_string(tokens[:n]))
+        return bisect.bisect_left(range(len(tokens)), True, key=lambda n: has_string(tokens[:n]))
 
     return find
 

@@ -116,9 +116,11 @@ def train_step(
     stage, step = run.stages[host.progress.stage], host.progress.step + 1
 
     # Prompts -> samples -> verdicts -> live groups.
+    with timer("sample"):
+        policy = sampling_copy(setup.collector.model, mesh, state.params)
     kept, sampled = collect(
         setup.collector,
-        sampling_copy(setup.collector.model, mesh, state.params),
+        policy,
         host.cursor,
         functools.partial(next_prompts, setup.sources, seed=run.seed, stage=stage),
         run.rollout,
@@ -282,17 +284,16 @@ def loop(
     stop: StopSignal,
 ) -> TrainState:
     """Trains until the last step or a stop signal to any process; saves in either case."""
-    run, timer = setup.run, Timer()
+    run = setup.run
     while host.progress.step < run.total_steps and not stop.agreed():
         processes.watch(run.mesh.watchdog_s)
-        begin = time.monotonic()
+        timer = Timer()
         if not host.base:
             print(f"scoring the base model on {len(setup.validation)} held-out prompts")
             host.base, row = validate(setup, state, 0, run.validation.final_samples, timer)
             row |= setup.collector.pool.take_metrics()
             row["sandbox_tier"] = setup.collector.pool.sandbox_tier
-            report_row(row, host, timer, begin, writer, view)
-            begin = time.monotonic()
+            report_row(row, host, timer, writer, view)
 
         # What the controller decides goes before the step, so that a resumed run decides it again.
         decision = stages.decide(run, host.progress)
@@ -313,7 +314,7 @@ def loop(
         host.progress = stages.record(host.progress, score)
         refuse_lost_run(host, run, checkpointer)
         row |= setup.collector.pool.take_metrics() | {"reset": decision.reset or None}
-        report_row(row, host, timer, begin, writer, view)
+        report_row(row, host, timer, writer, view)
         shown = sampled[: run.metrics.samples_per_step]
         writer.samples(sample_rows(shown, stage_run.rollout, step))
         if step % run.checkpoint.every == 0 or step >= run.total_steps:
@@ -339,10 +340,10 @@ def add_phases(host: Host, phases: dict[str, float]) -> None:
 
 
 def report_row(
-    row: dict[str, Any], host: Host, timer: Timer, begin: float, writer: Writer, view: Progress
+    row: dict[str, Any], host: Host, timer: Timer, writer: Writer, view: Progress
 ) -> None:
     """Adds times to a metrics row, writes and shows it."""
-    seconds, (phases, timeline) = time.monotonic() - begin, timer.take()
+    seconds, (phases, timeline) = time.monotonic() - timer.begin, timer.take()
     host.wall_s += seconds
     host.rl_wall_s += seconds
     add_phases(host, phases)
@@ -381,10 +382,10 @@ def validate(
 
 def finish(setup: Setup, state: TrainState, host: Host, workdir: Path, view: Progress) -> None:
     """The final evaluation and summary.json."""
-    timer, begin = Timer(), time.monotonic()
+    timer = Timer()
     samples = setup.run.validation.final_samples
     final, _ = validate(setup, state, host.progress.step, samples, timer)
-    seconds = time.monotonic() - begin
+    seconds = time.monotonic() - timer.begin
     add_phases(host, timer.take()[0])
     summary = {
         "steps": host.progress.step,

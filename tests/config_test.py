@@ -1,6 +1,15 @@
 import pytest
 
-from prolong_jax.config import RunConfig, build, check, for_stage, load, refuse_other, to_dict
+from prolong_jax.config import (
+    RunConfig,
+    build,
+    check,
+    for_stage,
+    load,
+    refuse_other,
+    row_layout,
+    to_dict,
+)
 
 TINY = "experiments/configs/tiny.py"
 
@@ -10,6 +19,12 @@ def test_overrides_reach_the_settings():
     assert run.loss.clip_high == 0.3 and run.metrics.wandb == "offline"
     assert run.stages[0].steps == 5 and run.seed == 3
     assert load(TINY, ["rollout.dynamic_sampling=false"]).rollout.dynamic_sampling is False
+
+
+def test_a_row_with_one_lane_has_no_parts():
+    tight = ["rollout.max_prompt_len=1", "rollout.max_response_len=11", "update.row_len=12"]
+    assert row_layout(load(TINY, tight)) == (0, 1)
+    assert row_layout(load(TINY)) == (64, 4)
 
 
 def test_round_trip():
@@ -46,6 +61,7 @@ def test_round_trip():
         ("validation.temperature=0.0", "'validation.temperature' must be greater than 0"),
         ("rollout.stop_properly=2.0", "'rollout.stop_properly' must be at most 1"),
         ("rollout.sample_rows=4", "'rollout.sample_rows' (4) must hold a group"),
+        ("rollout.stop_strings=['a', '']", "'rollout.stop_strings' has an empty one"),
         ("update.max_skipped=0", "'update.max_skipped' must be greater than 0"),
         ("loss.kl_coef=-1.0", "'loss.kl_coef' must be 0 or more"),
         ("optimizer.warmup_steps=-1", "'optimizer.warmup_steps' must be 0 or more"),

@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
@@ -212,3 +213,34 @@ def test_processes_that_do_not_find_each_other_are_refused(where):
     result = run_code(START.format(where=where))
     assert f"did not find each other at '{where}'" in result.stdout, result
     assert result.stdout.count("\n") == 1
+
+
+def test_phases_inside_of_others_count_alone():
+    timer = processes.Timer()
+    time.sleep(0.05)
+    with timer("outer"):
+        time.sleep(0.1)
+        with timer("inner"):
+            time.sleep(0.2)
+    seconds, timeline = timer.take()
+    assert seconds == pytest.approx({"outer": 0.1, "inner": 0.2}, abs=0.05)
+    assert [name for name, *_ in timeline] == ["inner", "outer"]
+    (_, start, end), (_, first, last) = timeline
+    assert first == pytest.approx(0.05, abs=0.04) and first < start < end <= last
+    assert timer.take() == ({}, []) and timer.begin > 0
+
+
+def test_compiled_programs_are_kept_in_the_newest_workdir(tmp_path, monkeypatch):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    try:
+        for number, name in enumerate(("a", "b")):
+            processes.keep_compilations(tmp_path / name)
+            jax.config.update(names[1], 0.0)
+            jax.jit(lambda x, number=number: x * (number + 17))(1.0)
+            assert list((tmp_path / name).iterdir())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        processes.compilation_cache.reset_cache()

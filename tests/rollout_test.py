@@ -237,6 +237,51 @@ def test_a_further_round_begins_with_what_verdicts_say_however_long_they_take(ti
     assert asked[0.0] == asked[0.05] and (1, 1) in asked[0.0]
 
 
+def test_nothing_waits_for_verdicts_that_cannot_bring_a_further_round(tiny):
+    class Watched(SlowPool):
+        waits = 0
+
+        def poll(self, timeout_s=0.0):
+            self.waits += timeout_s > 0
+            return super().poll(timeout_s)
+
+        def as_completed(self):  # after sampling
+            while self.waiting:
+                yield from super().poll(0.01)
+
+    for least in (1, 9):  # dead groups with which a further round is certain
+
+        def further(begun, dead, least=least):
+            return TASKS[3:6] if begun == 1 and dead >= least else []
+
+        pool = Watched(0.3)
+        rounds_of(tiny, pool, further)
+        assert (pool.waits > 0) == (least == 1)
+
+
+def test_several_processes_begin_no_round_ahead(monkeypatch):
+    rounds = [[ALIVE, ZERO, ONE], [SAME, ALIVE, ALIVE]]
+    alone = collect(monkeypatch, rounds, Cursor())
+    monkeypatch.setattr(rollout.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(rollout, "share", lambda prompts, work: work(prompts))
+    monkeypatch.setattr(rollout, "dealt", lambda prompts: prompts)
+    assert collect(monkeypatch, rounds, Cursor())[:2] == alone[:2]
+
+
+def test_what_a_collection_needs_is_compiled_before_it_and_once(tiny, monkeypatch):
+    calls, ahead = [], rollout.compile_ahead
+    monkeypatch.setattr(rollout, "compile_ahead", lambda *a: (calls.append(a), ahead(*a)))
+    plan = replace(PLAN, settings=replace(SETTINGS, compile_ahead=True))
+    model, mesh, params, tokenizer = tiny
+    collector = rollout.Collector(model, mesh, tokenizer, SlowPool(), seed=0)
+    (before,) = rounds_of(tiny, SlowPool())
+    for _ in range(2):
+        rounds = rollout._Rounds(collector, plan, rollout.Timer())
+        (found,) = rounds.sample(sampling_copy(model, mesh, params), TASKS[:3])
+        assert [g.tokens for g in found] == [g.tokens for g in before]
+    assert len(calls) == 1
+
+
 def test_long_prompts_are_refused_or_lose_their_beginning(tiny):
     tokens, _ = tiny[3].encode_chat(TASKS[0].messages)
     short = replace(SETTINGS, max_prompt_len=len(tokens) - 2)

@@ -1,4 +1,5 @@
 import itertools
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -142,7 +143,7 @@ def test_prompts_are_read_once_for_their_group(params, monkeypatch):
         return prefill(model, params, tokens, valid, count, columns)
 
     monkeypatch.setattr(sampler, "_prefill", counted)
-    sample(params, requests(PROMPTS[:3]))
+    sample(params, requests(PROMPTS[:3]), replace(SLOTS, rows=3 * GROUP))
     assert sum(read) == 3
 
 
@@ -195,6 +196,35 @@ def test_unfit_requests_are_refused(params):
 
 
 # --- cost ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("devices", "rows", "group", "least"),
+    [(1, 64, 16, 0.75), (8, 64, 16, 0.8), (8, 128, 16, 0.75), (4, 64, 4, 0.75), (1, 8, 16, 0.8)],
+)
+def test_slots_are_refilled_before_a_device_is_empty(devices, rows, group, least):
+    """The share of decoded tokens that belong to a response, by playing the host's decisions."""
+    mesh = make_mesh(MeshSettings(data=devices), jax.devices()[:devices])
+    slots = Slots(rows, max_prompt_len=8, max_response_len=400, mesh=mesh)
+    rng = np.random.default_rng(0)
+    waiting, left, held, steps, useful = deque(), {}, [], 0, 0
+    for number in range(1024 // group):
+        request = Request(number, [1], np.zeros((group, 2), np.uint32), 400)
+        waiting.extend(sampler._queued(request, slots))
+    for live in waiting:
+        left[id(live)] = int(min(400, rng.geometric(1 / 100)))
+    while waiting:
+        held = sampler._seated(held, waiting, slots)
+        least_left = sampler._least(held, waiting, slots)
+        now = sorted((left[id(x)] for x in held if x), reverse=True)
+        count = min(slots.chunk, now[least_left] if least_left < len(now) else 1)
+        steps += count
+        for slot, live in enumerate(held):
+            if live:
+                useful += min(count, left[id(live)])
+                left[id(live)] -= count
+                held[slot] = live if left[id(live)] > 0 else None
+    assert useful / (steps * rows) > least
 
 
 def decoding(rows=16, columns=512):

@@ -5,7 +5,7 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from prolong_jax.config import TINY_BASE
-from prolong_jax.tokenizer import ChatTokenizer, stream_text
+from prolong_jax.tokenizer import ChatTokenizer, stop_finder, stream_text
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog.",
@@ -148,3 +148,19 @@ def test_directories_without_a_usable_tokenizer_are_refused(byte_level, tmp_path
     (byte_level / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="no usable tokenizer"):
         ChatTokenizer(byte_level)
+
+
+def test_a_stop_string_is_found_in_few_looks():
+    calls = []
+
+    def decode(tokens):
+        calls.append(len(tokens))
+        return "".join(map(chr, tokens))
+
+    find = stop_finder(decode, ("stop", "st.p"))
+    text = list(map(ord, "x" * 5000 + "stop" + "x" * 3000))
+    assert find(text) == 5004 and len(calls) < 20
+    assert find(text[:5003]) is None and find(list(map(ord, "st.p"))) == 4
+    assert stop_finder(decode, ())(text) is None
+    with pytest.raises(ValueError, match="empty"):
+        stop_finder(decode, ("",))

@@ -372,7 +372,7 @@ def cast_for_sampling(model: Model, params: PyTree) -> PyTree:
 def sampling_copy(model: Model, mesh: Mesh, params: PyTree) -> PyTree:
     """The weights on the local devices in the dtype and layout of the sampler.
 
-    What has both already is passed on, not copied.
+    Where all of them have both already, they are passed on, not copied.
     """
     shardings = sampling_shardings(mesh, params)
     is_right = jax.tree.map(
