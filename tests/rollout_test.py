@@ -273,7 +273,8 @@ def test_what_a_collection_needs_is_compiled_before_it_and_once(tiny, monkeypatc
     monkeypatch.setattr(rollout, "compile_ahead", lambda *a: (calls.append(a), ahead(*a)))
     plan = replace(PLAN, settings=replace(SETTINGS, compile_ahead=True))
     model, mesh, params, tokenizer = tiny
-    collector = rollout.Collector(model, mesh, tokenizer, SlowPool(), seed=0)
+    pool: Any = SlowPool()
+    collector = rollout.Collector(model, mesh, tokenizer, pool, seed=0)
     (before,) = rounds_of(tiny, SlowPool())
     for _ in range(2):
         rounds = rollout._Rounds(collector, plan, rollout.Timer())

@@ -117,7 +117,8 @@ class RMSNorm(nnx.Module):
         self.epsilon, self.dtype = epsilon, dtype
 
     def __call__(self, x):
-        return _rms_norm(x.astype(jnp.float32), self.scale[...], self.epsilon).astype(self.dtype)
+        normal = _rms_norm(x.astype(jnp.float32), self.scale[...], self.epsilon)
+        return jnp.asarray(normal, self.dtype)
 
 
 def _product(x_BTD, weight_DF, dimension_numbers, **_):
