@@ -98,8 +98,9 @@ def test_formula_agrees_with_the_traced_products():
 
     traced = traced_flops(jax.make_jaxpr(forward)(MODEL.shapes()).jaxpr)
     rope = SHAPE.num_layers * 2 * B * T * 6 * SHAPE.head_dim**2  # its half turn is a product too
+    norms = (2 * SHAPE.num_layers + 1) * 2 * B * T * SHAPE.width  # and so are the sums, on CPU
     # Plain attention sees whole rows.
-    assert traced == forward_flops(SHAPE, B * T, T, B * T) + rope
+    assert traced == forward_flops(SHAPE, B * T, T, B * T) + rope + norms
 
 
 def test_traced_products_of_scans_branches_and_recomputation():

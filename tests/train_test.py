@@ -23,6 +23,7 @@ SMALL = {
     "rollout.prompts_per_step": 4,
     "rollout.group_size": 4,
     "rollout.max_sampling_rounds": 2,
+    "rollout.cache_lens": 1,
     "update.num_minibatches": 2,
     "update.micro_batch_rows": 8,
     "update.row_len": 256,
