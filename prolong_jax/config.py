@@ -61,7 +61,7 @@ class RolloutSettings:
     stop_strings: tuple[str, ...] = ()  # that end a response, beside the model's stop tokens
     sample_rows: int = 256  # responses that a process samples at once; bounds its KV cache
     cache_lens: int = (
-        8  # sizes of the KV cache, or one more: many compile longer, read less in vain
+        8  # sizes of the KV cache, or one more; many compile long, read little in vain
     )
     compile_ahead: bool = True  # compile for all sizes of the cache at the start, not when met
     stop_properly: float = 1.0  # factor on the reward of unterminated responses; < 0 replaces it
@@ -522,12 +522,12 @@ def packing(run: RunConfig) -> dict[str, int]:
 def row_layout(run: RunConfig) -> tuple[int, int]:
     """Of a packed row: slots for prompts that are shared, and lanes, each for one response at least.
 
-    (0, 1), a row without parts, where there would be one lane.
+    (0, 1), a row without parts, where no lane fits beside a slot: then prompts have one token.
     """
     rollout, row_len = run.rollout, run.update.row_len
     room = row_len - max(1, rollout.max_prompt_len - 1)
     lanes = room // (rollout.max_response_len + 1)
-    return (row_len - room // lanes * lanes, lanes) if lanes > 1 else (0, 1)
+    return (row_len - room // lanes * lanes, lanes) if lanes else (0, 1)
 
 
 def refuse_other(run: RunConfig, saved: Mapping[str, Any], workdir: str | Path) -> None:

@@ -21,10 +21,16 @@ def test_overrides_reach_the_settings():
     assert load(TINY, ["rollout.dynamic_sampling=false"]).rollout.dynamic_sampling is False
 
 
-def test_a_row_with_one_lane_has_no_parts():
+def test_a_row_has_slots_for_prompts_beside_its_lanes():
     tight = ["rollout.max_prompt_len=1", "rollout.max_response_len=11", "update.row_len=12"]
     assert row_layout(load(TINY, tight)) == (0, 1)
     assert row_layout(load(TINY)) == (64, 4)
+    assert row_layout(RunConfig()) == (1023, 1)  # a group shares its prompt with one lane too
+    for prompt_len in range(1, 9):
+        sizes = {"max_prompt_len": prompt_len, "max_response_len": 11}
+        one = [f"rollout.{name}={value}" for name, value in sizes.items()]
+        slots, lanes = row_layout(load(TINY, [*one, f"update.row_len={prompt_len + 11}"]))
+        assert (lanes, slots) == (1, prompt_len - 1)
 
 
 def test_round_trip():

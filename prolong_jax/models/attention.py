@@ -34,7 +34,7 @@ class Layout(NamedTuple):
     A segment lies in one part, and tokens of a lane see that lane and the prompts alone.
     """
 
-    prompt_slots: int = 0  # 0: no such slots, a prompt stands anywhere before its responses
+    prompt_slots: int = 0  # 0: no such slots, each response has its prompt in its own segment
     lanes: int = 1  # of equal length
 
 
