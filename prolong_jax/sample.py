@@ -23,7 +23,7 @@ from prolong_jax.models.hf import load_model
 from prolong_jax.next_token import SamplingRule, sample_keys
 from prolong_jax.sampler import generate
 from prolong_jax.slots import Request, Slots
-from prolong_jax.tokenizer import ChatTokenizer, stop_finder
+from prolong_jax.tokenizer import ChatTokenizer, TextStream, stop_finder
 
 CHUNK = 8  # tokens between two pieces of text
 PROMPT_UNIT, ANSWER_UNIT = 64, 1024  # sizes of nearly equal length share their compilation
@@ -87,14 +87,13 @@ class Chat:
                 f"{config.max_positions} positions for an answer; shorten it."
             )
         budget = min(max_tokens, room)
-        find, shown = stop_finder(tokenizer.decode, [stop] if type(stop) is str else stop), [""]
+        find = stop_finder(tokenizer.decode, [stop] if type(stop) is str else stop)
+        stream, seen = TextStream(tokenizer.decode), [0]
 
         def watch(tokens: list[int]) -> int | None:
             kept = find(tokens)
-            text = tokenizer.decode(tokens[:kept])
-            if not text.endswith("\ufffd"):  # the beginning of a character
-                on_text(text[len(shown[0]) :])
-                shown[0] = text
+            on_text("".join(map(stream.push, tokens[seen[0] : kept])))
+            seen[0] = len(tokens)
             return kept
 
         sizes = (
@@ -107,8 +106,8 @@ class Chat:
         (sample,) = generate(
             self.model, self.params, lambda free: next(asked, []), rule, slots, watch
         )
-        on_text((text := tokenizer.decode(sample.tokens))[len(shown[0]) :])
-        return opening + text
+        on_text(stream.rest())
+        return opening + tokenizer.decode(sample.tokens)
 
 
 def _rule(

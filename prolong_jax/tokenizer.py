@@ -114,21 +114,36 @@ def stop_finder(
     return find
 
 
-def stream_text(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
+class TextStream:
     """Pieces of text for tokens that come one by one; together they are `decode` of all tokens.
 
     A piece ends at a whole character: bytes of an unfinished one wait for the tokens that follow.
     Tokens are decoded together with the piece before them, since what a token adds may depend on
     its neighbours (the space in front of a sentencepiece word).
     """
-    window: list[int] = []  # tokens of the last piece, then those that came after it
-    shown = 0  # of these, the tokens whose text is out
-    for token in ids:
-        window.append(token)
-        before, after = decode(window[:shown]), decode(window)
-        if len(after) > len(before) and not after.endswith("\ufffd"):
-            yield after[len(before) :]
-            window = window[shown:]
-            shown = len(window)
-    if shown < len(window):  # the sequence ends inside of a character
-        yield decode(window)[len(decode(window[:shown])) :]
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._decode = decode
+        self._window: list[int] = []  # tokens of the last piece, then those that came after it
+        self._shown = 0  # of these, the tokens whose text is out
+
+    def push(self, token: int) -> str:
+        """The piece that a token completes, "" where there is none."""
+        self._window.append(token)
+        piece = self.rest()
+        if not piece or piece.endswith("\ufffd"):
+            return ""
+        self._window = self._window[self._shown :]
+        self._shown = len(self._window)
+        return piece
+
+    def rest(self) -> str:
+        """What is not out yet, where the tokens end inside of a character."""
+        return self._decode(self._window)[len(self._decode(self._window[: self._shown])) :]
+
+
+def stream_text(decode: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
+    """The pieces of a `TextStream` for all tokens."""
+    stream = TextStream(decode)
+    yield from filter(None, map(stream.push, ids))
+    yield from filter(None, [stream.rest()])
