@@ -1,16 +1,27 @@
 """Everything that the next step depends on, in one atomic save.
 
+A save is made between two steps, so nothing is in flight: surplus groups are saved, and the samples
+of the next step are drawn anew with the same keys, prompts and weights.
+
 The order of a resume:
-1. the newest complete checkpoint is found (an unfinished one has another name and is passed over);
-2. params, reference and optimizer state are restored onto the run's own mesh;
-3. the host state follows: controller progress and its history, position in the data, surplus
+1. unfinished saves, which have another name, are removed;
+2. the newest checkpoint is compared with its checksums; a damaged one is put aside, in `damaged/`
+   beside the others, and the one before it is next;
+3. params, reference and optimizer state are restored onto the run's own mesh;
+4. the host state follows: controller progress and its history, position in the data, surplus
    groups, counters and events;
-4. metrics.jsonl and samples.jsonl are cut back to the restored step (metrics.py);
-5. the run goes on with the next step. Its random numbers need no state: keys are folded from
+5. metrics.jsonl and samples.jsonl are cut back to the restored step (metrics.py);
+6. the run goes on with the next step. Its random numbers need no state: keys are folded from
    (seed, step, prompt, sample).
 """
 
 import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,58 +29,188 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
+from orbax.checkpoint import checkpoint_managers as policies
 
 from prolong_jax.config import CheckpointSettings
 from prolong_jax.mesh import fetch
+from prolong_jax.processes import exchange, is_first, write_json
 from prolong_jax.types import PyTree, TrainState
+
+LOOK_EVERY_S = 0.1  # for the end of a save
+
+
+@dataclass
+class _Keep(policies.PreservationPolicy):
+    """Which checkpoints stay when a newer one is complete."""
+
+    settings: CheckpointSettings
+    best: int | None = None  # step of the best validated one
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps, every = [c.step for c in checkpoints], self.settings.keep_every
+        last = sorted(steps)[-self.settings.keep :]
+        return [s in last or s == self.best or (every > 0 and s % every == 0) for s in steps]
 
 
 class Checkpointer:
-    """Saves and restores (device state, host state) pairs below a directory."""
+    """Saves and restores (device state, host state) pairs below a directory.
 
-    def __init__(self, directory: str | Path, settings: CheckpointSettings):
-        self._manager = ocp.CheckpointManager(
-            Path(directory).absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=settings.keep),
+    With `read_only` the directory may be that of a run that is going on.
+    """
+
+    def __init__(
+        self, directory: str | Path, settings: CheckpointSettings, *, read_only: bool = False
+    ):
+        self._directory, self._keep = Path(directory).absolute(), _Keep(settings)
+        self._checker: threading.Thread | None = None
+        self._ended = threading.Event()  # the save that the checker waits for
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._keep,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     @property
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
-        """Saves in the background; `host` must survive a JSON round trip."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)
-            ),
-            force=True,
-        )
+    @property
+    def steps(self) -> list[int]:
+        """Of the checkpoints that are there."""
+        return sorted(self._manager.all_steps())
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint, with the shapes and shardings of `like`.
+    def save(
+        self, step: int, state: TrainState, host: dict[str, Any], best: int | None = None
+    ) -> None:
+        """Saves in the background; `host` must survive a JSON round trip. Keeps the best step too.
 
         Raises:
-          ValueError: the checkpoint is damaged or of another model.
+          OSError: this save cannot begin, or the one before it failed.
         """
-        step = self.latest_step
+        self._finish()
+        self._keep.best, begin = best, time.monotonic()
+        if is_first():
+            self._sums(step).unlink(missing_ok=True)
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)
+                ),
+                force=True,
+            )
+        except ValueError as error:  # how tensorstore says that it cannot write
+            raise OSError(_first_line(error)) from error
+        if is_first():
+            self._ended.clear()
+            self._checker = threading.Thread(target=self._check_in, args=(step, begin))
+            self._checker.start()
+
+    def _check_in(self, step: int, begin: float) -> None:
+        """Waits until a save is complete, then writes its checksums and says what it took."""
+        path = self._directory / str(step)
+        while not path.is_dir():
+            if self._ended.wait(LOOK_EVERY_S) and not path.is_dir():
+                return  # it failed
+        seconds, sums = time.monotonic() - begin, checksums(path)
+        kept = {f"{p.name}.json" for p in self._directory.iterdir()}
+        for old in self._sums(step).parent.glob("*.json"):
+            if old.name not in kept:
+                old.unlink()
+        self._sums(step).parent.mkdir(exist_ok=True)
+        write_json(self._sums(step), sums)
+        size = sum(size for size, _ in sums.values()) / 1e6
+        print(f"saved step {step}: {size:,.1f} MB in {seconds:.1f} s")
+
+    def _sums(self, step: int) -> Path:
+        return self._directory.with_name("checksums") / f"{step}.json"
+
+    def _finish(self) -> None:
+        """Waits for the last save. Raises OSError where it failed."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise OSError(_first_line(error)) from error
+        finally:
+            self._ended.set()
+            if self._checker is not None:
+                self._checker.join()
+
+    def resume(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest whole checkpoint, with the shapes and shardings of `like`; None: there is none.
+
+        Raises:
+          ValueError: there are checkpoints, but none is whole, or the newest is of another model.
+        """
+        damaged = []
+        for step in reversed(self.steps):
+            fault = exchange(self._fault(step) if is_first() else "")[0]
+            restored, error = (None, None) if fault else self._restored(step, like)
+            if error is not None and self._sums(step).exists():
+                raise ValueError(
+                    f"--workdir: the checkpoint of step {step} does not fit this model "
+                    f"({_first_line(error)}); give the settings of that run."
+                ) from error
+            if restored is not None:
+                if damaged:
+                    print(
+                        f"damaged checkpoints are put aside: {', '.join(damaged)}; the run goes on "
+                        f"from step {step} and loses nothing but time"
+                    )
+                return restored
+            damaged.append(f"step {step} ({fault or _first_line(error)})")
+            self._put_aside(step)
+        if damaged:
+            raise ValueError(
+                f"--workdir: no checkpoint is whole: {', '.join(damaged)}; restore one from a copy, "
+                "or give another workdir to begin anew."
+            )
+        return None
+
+    def _put_aside(self, step: int) -> None:
+        exchange(None)  # nobody reads it any more
+        if is_first():
+            aside = self._directory.with_name("damaged")
+            aside.mkdir(exist_ok=True)
+            (self._directory / str(step)).rename(aside / f"{step}-{time.time():.0f}")
+            self._sums(step).unlink(missing_ok=True)
+        exchange(None)
+        self._manager.reload()
+
+    def _fault(self, step: int) -> str:
+        """What is wrong with a checkpoint; "" where nothing is, or it has no checksums yet."""
+        if not self._sums(step).exists():
+            return ""
+        expected, found = (
+            json.loads(self._sums(step).read_text()),
+            checksums(self._directory / str(step)),
+        )
+        for name, (size, digest) in expected.items():
+            if name not in found:
+                return f"{name} is missing"
+            if found[name] != [size, digest]:
+                now = (
+                    f"has {found[name][0]} bytes of {size}" if found[name][0] != size else "changed"
+                )
+                return f"{name} {now}"
+        return ""
+
+    def _restored(
+        self, step: int, like: TrainState
+    ) -> tuple[tuple[TrainState, dict[str, Any]] | None, Exception | None]:
+        """A checkpoint, or why it cannot be read."""
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(shapes), host=ocp.args.JsonRestore()
+        )
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(shapes), host=ocp.args.JsonRestore()
-                ),
-            )
+            restored = self._manager.restore(step, args=args)
         except (ValueError, KeyError, OSError) as error:
-            raise ValueError(
-                f"--workdir: the checkpoint of step {step} cannot be restored "
-                f"({str(error).splitlines()[0]}); remove its directory to go on from an older one."
-            ) from error
-        return restored["state"], restored["host"]
+            return None, error
+        return (restored["state"], restored["host"]), None
 
     def restore_params(self, like: PyTree, step: int | None = None) -> PyTree:
         """The weights alone of a checkpoint (the newest), with the shapes and shardings of `like`.
@@ -77,10 +218,10 @@ class Checkpointer:
         Raises:
           ValueError: there is no such checkpoint, or it is damaged or of another model.
         """
-        steps = sorted(self._manager.all_steps())
+        self._finish()
         step = self.latest_step if step is None else step
-        if step not in steps:
-            found = ", ".join(map(str, steps)) or "none"
+        if step not in self.steps:
+            found = ", ".join(map(str, self.steps)) or "none"
             raise ValueError(f"--step: no checkpoint of step {step}; found: {found}.")
         restore = ocp.args.PyTreeRestore(
             item={"params": like},
@@ -92,14 +233,30 @@ class Checkpointer:
         except (ValueError, KeyError, OSError) as error:
             raise ValueError(
                 f"--workdir: the checkpoint of step {step} cannot be restored "
-                f"({str(error).splitlines()[0]}); choose another one by --step."
+                f"({_first_line(error)}); choose another one by --step."
             ) from error
         return restored["state"]["params"]
 
     def close(self) -> None:
-        """Waits until the last save is complete."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until the last save is complete. Raises OSError where it failed."""
+        try:
+            self._finish()
+        finally:
+            self._manager.close()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def checksums(directory: Path) -> dict[str, list]:
+    """[bytes, SHA-256] of every file below a directory, by its path there."""
+    found = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[str(path.relative_to(directory))] = [os.path.getsize(path), digest]
+    return found
 
 
 def params_sha256(mesh: Mesh, params: PyTree) -> str:

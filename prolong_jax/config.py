@@ -147,7 +147,9 @@ class DataSettings:
 @dataclass(frozen=True)
 class CheckpointSettings:
     every: int = 20  # steps
-    keep: int = 2  # newest checkpoints
+    keep: int = 2  # newest checkpoints; with one alone, a damaged file ends the run
+    keep_best: bool = True  # also the one with the best validation score, saved when it is found
+    keep_every: int = 0  # also those of steps that are a multiple of this; 0: none
 
 
 @dataclass(frozen=True)
@@ -158,19 +160,31 @@ class MetricsSettings:
 
 @dataclass(frozen=True)
 class ResetSettings:
-    """When the reference becomes the policy. Evaluations are those of the validation blend."""
+    """When the reference becomes the policy. A rule with the value 0 is off.
 
-    every: int = 0  # steps since the last reset; 0: never by schedule
-    plateau_window: int = 0  # evaluations without a gain; 0: never on a plateau
-    plateau_gain: float = 0.01  # what counts as a gain of the validation score
-    optimizer: bool = True  # v1 clears the optimizer's moments too, v2 keeps them
+    ProRL v1 resets where validation degrades or stalls, v2 every 200 to 500 steps or where the KL
+    spikes or validation stalls (keeping the optimizer). All other numbers here are ours.
+    """
+
+    every: int = 0  # steps since the last reset
+    plateau_window: int = 0  # evaluations in a row without a gain over the best one before them,
+    plateau_gain: float = 0.01  # which is more than this and beyond the best one's 95% interval
+    degradation: float = 0.0  # score this far, and beyond the 95% interval, below the best one
+    max_kl: float = 0.0  # nats per token to the reference
+    kl_spike: float = 0.0  # KL of a step, in multiples of its mean over the KL_SCALE steps before
+    min_entropy: float = 0.0  # nats per token
+    max_unterminated: float = 0.0  # share of responses without an end
+    over: int = 5  # steps whose mean is compared with max_kl, min_entropy and max_unterminated
+    cooldown: int = 0  # steps after a reset in which no rule resets again
+    optimizer: bool = True  # v1 clears the optimizer's moments and step count too, v2 keeps them
+    reference: str = "policy"  # what it becomes: policy, or best: the best validated checkpoint
 
 
 @dataclass(frozen=True)
 class StageSettings:
     name: str = "all domains"
-    steps: int = 0  # 0: until the run ends
-    end_on_plateau: bool = False  # a plateau reset also ends the stage
+    steps: int = 0  # 0: until the run ends; after the last stage the run ends
+    end_on_plateau: bool = False  # a plateau also ends the stage
     mixture: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(DOMAINS, 1.0))
     levels: Mapping[str, float] = field(
         default_factory=lambda: {"easy": 1.0, "middle": 1.0, "hard": 1.0}
@@ -198,10 +212,11 @@ class RunConfig:
     stages: tuple[StageSettings, ...] = (StageSettings(),)
 
 
-# Settings that may differ when a workdir is continued.
+# Settings that may differ when a workdir is continued; --allow-changes adds all but the last ones.
 MAY_CHANGE = ("total_steps", "mesh", "metrics", "checkpoint", "verifiers")
 MAY_CHANGE += ("rollout.compile_ahead",)
-_OVERRIDABLE = ("rollout", "loss", "optimizer", "update")
+NEVER_CHANGE = ("seed", "model.path", "model.random")
+_OVERRIDABLE = ("rollout", "loss", "optimizer", "update", "validation")
 
 
 def build(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
@@ -284,8 +299,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return run
 
 
-def parse(argv: Sequence[str], *, workdir: bool = False) -> tuple[RunConfig, Path]:
-    """Settings, and the workdir where it is asked for, from a command line.
+def parse(argv: Sequence[str], *, workdir: bool = False) -> tuple[RunConfig, Path, bool]:
+    """Settings from a command line; where asked for, the workdir, and whether it may change them.
 
     Raises:
       ValueError: an unknown argument, or settings that `load` refuses.
@@ -294,6 +309,8 @@ def parse(argv: Sequence[str], *, workdir: bool = False) -> tuple[RunConfig, Pat
     parser.add_argument("--config", required=True, help="experiment file with get_config()")
     if workdir:
         parser.add_argument("--workdir", required=True, type=Path, help="where the run is kept")
+        allow = "go on with other settings than before; they are listed and recorded"
+        parser.add_argument("--allow-changes", action="store_true", help=allow)
     args, rest = parser.parse_known_args(argv)
     unknown = [arg for arg in rest if not arg.startswith("--config.")]
     if unknown:
@@ -301,7 +318,7 @@ def parse(argv: Sequence[str], *, workdir: bool = False) -> tuple[RunConfig, Pat
             f"unknown argument {unknown[0]!r}; settings are given as --config.KEY=VALUE."
         )
     run = load(args.config, [arg.removeprefix("--config.") for arg in rest])
-    return run, args.workdir if workdir else Path()
+    return run, args.workdir if workdir else Path(), workdir and args.allow_changes
 
 
 def _set(values: dict, override: str) -> None:
@@ -367,6 +384,7 @@ def check(run: RunConfig) -> None:
     for index, stage in enumerate(run.stages):
         _check_positive(for_stage(run, index))
         _check_sizes(for_stage(run, index))
+        _check_reset(stage.reset, f"stages.{index}.reset", run.checkpoint)
         last = index == len(run.stages) - 1
         on_plateau = stage.end_on_plateau and stage.reset.plateau_window > 0
         _require(
@@ -388,6 +406,28 @@ def check(run: RunConfig) -> None:
                 sum(weights.values()) > 0 and min(weights.values()) >= 0,
                 f"{where} has no positive weight, so there is no data to draw.",
             )
+
+
+def _check_reset(rule: ResetSettings, where: str, checkpoint: CheckpointSettings) -> None:
+    for name, value in dataclasses.asdict(rule).items():
+        _require(
+            isinstance(value, str) or 0 <= value < math.inf,
+            f"'{where}.{name}' must be 0 or more, got {value}.",
+        )
+    _require(rule.over >= 1, f"'{where}.over' must be at least 1, got {rule.over}.")
+    _require(
+        rule.kl_spike == 0 or rule.kl_spike > 1,
+        f"'{where}.kl_spike' must be 0 or more than 1, got {rule.kl_spike}.",
+    )
+    _require(
+        rule.every == 0 or rule.every >= rule.cooldown,
+        f"'{where}.every' ({rule.every}) must not be less than its cooldown ({rule.cooldown}).",
+    )
+    _require(
+        rule.reference == "policy" or (rule.reference == "best" and checkpoint.keep_best),
+        f"'{where}.reference' must be 'policy', or 'best' together with checkpoint.keep_best, got "
+        f"{rule.reference!r}.",
+    )
 
 
 def _check_validation(settings: ValidationSettings) -> None:
@@ -530,22 +570,44 @@ def row_layout(run: RunConfig) -> tuple[int, int]:
     return (row_len - room // lanes * lanes, lanes) if lanes else (0, 1)
 
 
-def refuse_other(run: RunConfig, saved: Mapping[str, Any], workdir: str | Path) -> None:
-    """Raises ValueError where a workdir was made with settings that a run cannot change."""
-    differing = []
+def changes(saved: Mapping[str, Any], run: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """(old, new) of every setting in which a run differs from saved ones; None: not there."""
+    differing = {}
 
     def compare(old: Any, new: Any, where: str) -> None:
-        if where in MAY_CHANGE or old == new:
-            return
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             for key in {**old, **new}:
                 compare(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-        else:
-            differing.append(f"{where} ({old!r} there, {new!r} here)")
+        elif old != new:
+            differing[where] = (old, new)
 
     compare(saved, to_dict(run), "")
+    return differing
+
+
+def listed(differing: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in differing.items())
+
+
+def refuse_other(
+    run: RunConfig, saved: Mapping[str, Any], workdir: str | Path, allow: bool = False
+) -> None:
+    """Raises ValueError where a workdir was made with settings that a run cannot change.
+
+    Those in MAY_CHANGE it can, and if `allow` all others but those in NEVER_CHANGE.
+    """
+
+    def is_one_of(key: str, names: Sequence[str]) -> bool:
+        return any(key == name or key.startswith(name + ".") for name in names)
+
+    differing = {
+        key: values
+        for key, values in changes(saved, run).items()
+        if is_one_of(key, NEVER_CHANGE) or not (allow or is_one_of(key, MAY_CHANGE))
+    }
     if differing:
+        hint = "" if any(is_one_of(key, NEVER_CHANGE) for key in differing) else ", --allow-changes"
         raise ValueError(
-            f"--workdir: {str(workdir)!r} holds a run with other settings: {'; '.join(differing)}; "
-            "give another workdir, or the settings of that run."
+            f"--workdir: {str(workdir)!r} holds a run with other settings: {listed(differing)}; "
+            f"give another workdir{hint} or the settings of that run."
         )

@@ -44,7 +44,9 @@ def export(workdir: Path, out: Path, *, step: int | None = None, dtype: str = "b
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), model.shapes()
     )
-    with closing(Checkpointer(workdir / "checkpoints", run.checkpoint)) as checkpointer:
+    with closing(
+        Checkpointer(workdir / "checkpoints", run.checkpoint, read_only=True)
+    ) as checkpointer:
         params = checkpointer.restore_params(like, step)
     save_pretrained(out, model, params, source=run.model.path, dtype=dtype)
 

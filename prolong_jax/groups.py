@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 
 from prolong_jax.advantages import group_advantage, is_dead, stop_properly
-from prolong_jax.config import RolloutSettings
+from prolong_jax.config import RolloutSettings, VerifierSettings
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.packing import Conversation
 from prolong_jax.slots import Sample
 from prolong_jax.verifiers import Status, Verdict
+
+MIN_FAULTS = 8  # of a verifier in one step; fewer never stop a run
 
 
 @dataclass(frozen=True)
@@ -147,3 +149,18 @@ def group_from_dict(values: Mapping[str, Any]) -> Group:
     prompt = dict(values["prompt"])
     prompt["messages"] = tuple(prompt["messages"])
     return Group(**{**values, "prompt": Prompt(**prompt)})
+
+
+def refuse_broken_verifiers(sampled: Sequence[Group], settings: VerifierSettings) -> None:
+    """Raises RuntimeError where a verifier failed (not the response) too often in one step."""
+    for name in {g.prompt.verifier for g in sampled}:
+        groups = [g for g in sampled if g.prompt.verifier == name]
+        failed = [(g, i) for g in groups for i, ok in enumerate(g.scored) if not ok]
+        rate = len(failed) / sum(len(g.tokens) for g in groups)
+        if len(failed) >= MIN_FAULTS and rate > settings.max_error_rate:
+            group, index = failed[0]
+            raise RuntimeError(
+                f"verifier {name!r} failed on {rate:.0%} of the responses of one step, more than "
+                f"verifiers.max_error_rate = {settings.max_error_rate:.0%}; the first fault: "
+                f"{group.details[index]}"
+            )

@@ -231,6 +231,11 @@ def keep_compilations(directory: Path) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def resident_mb() -> float:
+    """Memory of this process that is in RAM, in 10^6 bytes (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a file that is whole at any moment; the first process does."""
     if is_first():

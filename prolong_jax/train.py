@@ -3,7 +3,6 @@
 The only file that knows all the others. Read `train_step` first: it is one step of prolonged GRPO.
 """
 
-import dataclasses
 import functools
 import sys
 import time
@@ -31,16 +30,18 @@ from prolong_jax.config import (
     row_layout,
     to_dict,
 )
-from prolong_jax.data.mixture import Position, Sources, next_prompts, open_sources, record
+from prolong_jax.control import Control
+from prolong_jax.data.mixture import Sources, next_prompts, open_sources, record
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.evaluate import evaluate, held_out_prompts
 from prolong_jax.groups import (
     Group,
     conversations,
-    group_from_dict,
+    refuse_broken_verifiers,
     sample_rows,
     statistics,
 )
+from prolong_jax.host import Host, report_row
 from prolong_jax.mesh import make_mesh
 from prolong_jax.metrics import Progress, Writer, final_table, open_writer
 from prolong_jax.models.decoder import Model, for_training, sampling_copy
@@ -49,14 +50,19 @@ from prolong_jax.optimizer import make_optimizer, opt_state_shardings
 from prolong_jax.packing import pack
 from prolong_jax.processes import StopSignal, Timer, write_json
 from prolong_jax.report import write_report
-from prolong_jax.rollout import Collector, Cursor, collect
-from prolong_jax.startup import prompt_len, refuse_other_workdir, refuse_unfit_model
+from prolong_jax.rollout import Collector, collect
+from prolong_jax.startup import (
+    prompt_len,
+    record_settings,
+    refuse_other_workdir,
+    refuse_unfit_model,
+    sole_user,
+)
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.types import PyTree, TrainState
 from prolong_jax.update import make_score, make_update, put_rows, reset_reference
 from prolong_jax.verifiers.pool import open_pool
 
-MIN_FAULTS = 8  # of a verifier in one step; fewer never stop a run
 EXIT_BAD_INPUT, EXIT_STOPPED = 2, 75  # 75: stopped by a signal after saving; start again to go on
 
 
@@ -66,39 +72,20 @@ class Setup:
 
     run: RunConfig
     collector: Collector
-    validation: list[Prompt]
+    validation: tuple[list[Prompt], ...]  # held-out prompts of each stage
+    held_out: list[Prompt]  # that the base and the final policy are compared on
     sources: Sources
 
 
-@dataclass
-class Host:
-    """Host state of a run: with the TrainState, all that a checkpoint holds."""
+@dataclass(frozen=True)
+class Outside:
+    """What the loop talks to."""
 
-    progress: stages.Progress = dataclasses.field(default_factory=stages.Progress)
-    cursor: Cursor = dataclasses.field(default_factory=Cursor)
-    base: dict[str, Any] = dataclasses.field(default_factory=dict)  # validation before step 1
-    resets: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    skipped_in_a_row: int = 0
-    samples: int = 0
-    generated_tokens: int = 0
-    wall_s: float = 0.0
-    rl_wall_s: float = 0.0
-    phases_s: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Host":
-        progress = values["progress"]
-        surplus = [group_from_dict(g) for g in values["cursor"]["surplus"]]
-        return cls(
-            **values
-            | {
-                "progress": stages.Progress(**progress | {"scores": tuple(progress["scores"])}),
-                "cursor": Cursor(Position(**values["cursor"]["position"]), surplus),
-            }
-        )
+    checkpointer: Checkpointer
+    writer: Writer
+    view: Progress
+    stop: StopSignal
+    control: Control
 
 
 # --- one step ------------------------------------------------------------------------------------
@@ -127,7 +114,7 @@ def train_step(
         step,
         timer,
     )
-    refuse_broken_verifiers(sampled, run)
+    refuse_broken_verifiers(sampled, run.verifiers)
     rewards = [(g.prompt.id, np.array(g.scores)[g.scored].tolist()) for g in sampled]
     host.cursor.position = record(host.cursor.position, rewards, run.data)
 
@@ -190,25 +177,10 @@ def _programs(
     return make_score(model, temperature, policy=not one_update), update
 
 
-def refuse_broken_verifiers(sampled: Sequence[Group], run: RunConfig) -> None:
-    """Raises RuntimeError where a verifier failed (not the response) too often in one step."""
-    for name in {g.prompt.verifier for g in sampled}:
-        groups = [g for g in sampled if g.prompt.verifier == name]
-        failed = [(g, i) for g in groups for i, ok in enumerate(g.scored) if not ok]
-        rate = len(failed) / sum(len(g.tokens) for g in groups)
-        if len(failed) >= MIN_FAULTS and rate > run.verifiers.max_error_rate:
-            group, index = failed[0]
-            raise RuntimeError(
-                f"verifier {name!r} failed on {rate:.0%} of the responses of one step, more than "
-                f"verifiers.max_error_rate = {run.verifiers.max_error_rate:.0%}; the first fault: "
-                f"{group.details[index]}"
-            )
-
-
 # --- the loop ------------------------------------------------------------------------------------
 
 
-def train(run: RunConfig, workdir: Path) -> int:
+def train(run: RunConfig, workdir: Path, allow_changes: bool = False) -> int:
     """Runs or continues a run in `workdir`. Returns the exit code.
 
     Raises:
@@ -218,7 +190,7 @@ def train(run: RunConfig, workdir: Path) -> int:
     started = time.monotonic()
     processes.start(run.mesh)
     processes.take_compilations()  # from now on they are counted
-    refuse_other_workdir(run, workdir)
+    refuse_other_workdir(run, workdir, allow_changes)
     mesh = make_mesh(run.mesh)
     dtype = jnp.dtype(run.model.dtype)
     model, params = load_model(run.model.path, dtype, mesh, random=run.model.random)
@@ -226,14 +198,13 @@ def train(run: RunConfig, workdir: Path) -> int:
     refuse_unfit_model(run, model, tokenizer)
     sources = open_sources(run, lambda prompt: prompt_len(prompt, tokenizer, run))
     name = "faults.jsonl" if processes.is_first() else f"faults_{jax.process_index()}.jsonl"
-    with open_pool(run.verifiers, workdir / name) as pool:
+    with sole_user(workdir), open_pool(run.verifiers, workdir / name) as pool:
         pool.check(DOMAINS)
-        workdir.mkdir(parents=True, exist_ok=True)
         processes.keep_compilations(workdir / "compiled")
-        write_json(workdir / "config.json", to_dict(run))
         collector = Collector(model, mesh, tokenizer, pool, run.seed)
         for_training(model, mesh, run.model)  # refuses attention that the platform does not have
-        setup = Setup(run, collector, held_out_prompts(run), sources)
+        validation = (held_out_prompts(for_stage(run, i)) for i in range(len(run.stages)))
+        setup = Setup(run, collector, tuple(validation), held_out_prompts(run), sources)
         size = sum(x.size for x in jax.tree.leaves(params)) / 1e6
         print(f"{size:.2f}M parameters from {run.model.path} on {mesh.size} {jax.devices()[0]}")
         with closing(Checkpointer(workdir / "checkpoints", run.checkpoint)) as checkpointer:
@@ -250,123 +221,156 @@ def run_from(
 ) -> bool:
     """Restores the newest checkpoint if there is one, and trains. Returns whether it finished."""
     run, host = setup.run, Host()
-    resumed = checkpointer.latest_step is not None
-    if resumed:
-        state, values = checkpointer.restore(state)
-        host = Host.from_dict(values)
+    restored = checkpointer.resume(state)
+    if restored is not None:
+        state, host = restored[0], Host.from_dict(restored[1])
         print(f"continuing from step {host.progress.step} in {workdir}")
-    if host.progress.step >= run.total_steps and (workdir / "summary.json").exists():
+    record_settings(run, workdir, host.progress)
+    if is_finished(run, host) and (workdir / "summary.json").exists():
         print(f"this run is complete at step {host.progress.step}; raise --config.total_steps")
         return True
     writer = open_writer(
         workdir,
         wandb=run.metrics.wandb,
         config=to_dict(run),
-        resume_step=host.progress.step if resumed else None,
+        resume_step=host.progress.step if restored else None,
         active=processes.is_first(),
     )
     host.wall_s += time.monotonic() - started
-    with closing(writer), StopSignal() as stop, Progress(run.total_steps) as view:
-        state = loop(setup, state, host, checkpointer, writer, view, stop)
-        finished = host.progress.step >= run.total_steps
-        if finished:
-            finish(setup, state, host, workdir, view)
+    with closing(writer), StopSignal() as stop, Control(workdir) as control:
+        with Progress(run.total_steps) as view:
+            outside = Outside(checkpointer, writer, view, stop, control)
+            state = loop(setup, state, host, outside)
+            finished = is_finished(run, host)
+            if finished:
+                finish(setup, state, host, workdir, view)
     return finished
 
 
-def loop(
-    setup: Setup,
-    state: TrainState,
-    host: Host,
-    checkpointer: Checkpointer,
-    writer: Writer,
-    view: Progress,
-    stop: StopSignal,
-) -> TrainState:
-    """Trains until the last step or a stop signal to any process; saves in either case."""
-    run = setup.run
-    while host.progress.step < run.total_steps and not stop.agreed():
+def is_finished(run: RunConfig, host: Host) -> bool:
+    return (
+        host.progress.step >= run.total_steps
+        or stages.decide(run, host.progress, host.history).finish
+    )
+
+
+def loop(setup: Setup, state: TrainState, host: Host, outside: Outside) -> TrainState:
+    """Trains until the run is finished or to be stopped; saves in either case."""
+    run, checkpointer = setup.run, outside.checkpointer
+    while not is_finished(run, host) and not outside.stop.agreed():
         processes.watch(run.mesh.watchdog_s)
         timer = Timer()
         if not host.base:
-            print(f"scoring the base model on {len(setup.validation)} held-out prompts")
-            host.base, row = validate(setup, state, 0, run.validation.final_samples, timer)
-            row |= setup.collector.pool.take_metrics()
-            row["sandbox_tier"] = setup.collector.pool.sandbox_tier
-            report_row(row, host, timer, writer, view)
+            score_base(setup, state, host, outside, timer)
 
         # What the controller decides goes before the step, so that a resumed run decides it again.
-        decision = stages.decide(run, host.progress)
-        if decision.reset:
-            optimizer = make_optimizer(for_stage(run, host.progress.stage).optimizer)
-            state = reset_reference(state, optimizer, clear_optimizer=decision.clear_optimizer)
-            event = {"step": host.progress.step, "reason": decision.reset}
-            host.resets.append(event | {"optimizer": decision.clear_optimizer})
+        request = outside.control.take(host.progress.step)
+        if "stop" in request:
+            break
+        decision = stages.decide(run, host.progress, host.history, request)
+        state, event = reset(run, state, host, decision, checkpointer)
         if decision.advance:
             host.cursor.surplus.clear()  # the next stage may have other sizes
-        host.progress = stages.apply(host.progress, decision)
+        host.progress, host.history = stages.apply(run, host.progress, host.history, decision)
 
-        stage_run, step, score = for_stage(run, host.progress.stage), host.progress.step + 1, None
+        stage_run, step, evaluation = (
+            for_stage(run, host.progress.stage),
+            host.progress.step + 1,
+            None,
+        )
         state, row, sampled = train_step(setup, state, host, timer)
-        if stages.is_evaluation_due(run, step):
-            table, validation_row = validate(setup, state, step, run.validation.samples, timer)
-            score, row = table["all"]["avg_at_k"], row | validation_row
-        host.progress = stages.record(host.progress, score)
-        refuse_lost_run(host, run, checkpointer)
-        row |= setup.collector.pool.take_metrics() | {"reset": decision.reset or None}
-        report_row(row, host, timer, writer, view)
+        row |= event
+        if stages.is_evaluation_due(stage_run, step) or "evaluate" in request:
+            prompts = setup.validation[host.progress.stage]
+            samples = stage_run.validation.samples
+            table, validation_row = validate(setup, state, prompts, samples, step, timer)
+            row |= validation_row
+            evaluation = stages.Evaluation(step, table["all"]["avg_at_k"], *table["all"]["ci95"])
+        over = stage_run.stages[host.progress.stage].reset.over
+        host.progress, host.history = stages.record(
+            host.progress, host.history, row, evaluation, over
+        )
+        host.refuse_lost_run(stage_run.update, checkpointer.latest_step)
+        row |= setup.collector.pool.take_metrics()
+        report_row(row, host, timer, outside.writer, outside.view)
         shown = sampled[: run.metrics.samples_per_step]
-        writer.samples(sample_rows(shown, stage_run.rollout, step))
-        if step % run.checkpoint.every == 0 or step >= run.total_steps:
+        outside.writer.samples(sample_rows(shown, stage_run.rollout, step))
+        is_best = evaluation is not None and host.progress.best == evaluation
+        is_best = is_best and run.checkpoint.keep_best
+        if step % run.checkpoint.every == 0 or is_best or "save" in request:
             save(state, host, checkpointer)
     if host.progress.step > 0 and checkpointer.latest_step != host.progress.step:
-        save(state, host, checkpointer)  # stopped by a signal
+        save(state, host, checkpointer)
     processes.watch(0)
     return state
 
 
+def score_base(setup: Setup, state: TrainState, host: Host, outside: Outside, timer: Timer) -> None:
+    """The evaluation before the first step, with its row of metrics."""
+    print(f"scoring the base model on {len(setup.held_out)} held-out prompts")
+    samples, pool = setup.run.validation.final_samples, setup.collector.pool
+    host.base, row = validate(setup, state, setup.held_out, samples, 0, timer)
+    row |= pool.take_metrics() | {"sandbox_tier": pool.sandbox_tier}
+    report_row(row, host, timer, outside.writer, outside.view)
+
+
+def reset(
+    run: RunConfig,
+    state: TrainState,
+    host: Host,
+    decision: stages.Decision,
+    checkpointer: Checkpointer,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Carries out the reset of a decision, if there is one. Returns what the step's row says of it."""
+    if not decision.reset:
+        return state, {"reset": None}
+    params, reference, best = state.params, "policy", host.progress.best
+    if decision.reference == "best" and best is not None:
+        if best.step in checkpointer.steps:
+            params, reference = checkpointer.restore_params(state.params, best.step), "best"
+        else:
+            print(f"the best checkpoint, of step {best.step}, is gone: the reference is the policy")
+    optimizer = make_optimizer(for_stage(run, host.progress.stage).optimizer)
+    state = reset_reference(state, optimizer, params, clear_optimizer=decision.clear_optimizer)
+    event = {"step": host.progress.step, "reason": decision.reset, "values": dict(decision.values)}
+    event |= {"reference": reference, "optimizer": decision.clear_optimizer}
+    host.resets.append(event)
+    what = ["reference"] + ["optimizer"] * decision.clear_optimizer
+    return state, {
+        "reset": decision.reset, "reset/values": event["values"], "reset/what": what
+    }  # fmt: skip
+
+
 def save(state: TrainState, host: Host, checkpointer: Checkpointer) -> None:
-    begin = time.monotonic()
-    checkpointer.save(host.progress.step, state, host.to_dict())
+    begin, best = time.monotonic(), host.progress.best
+    step, latest = host.progress.step, checkpointer.latest_step
+    try:
+        checkpointer.save(step, state, host.to_dict(), None if best is None else best.step)
+    except OSError as error:
+        raise RuntimeError(
+            f"a save failed at step {step} ({error}); the newest whole checkpoint is of step "
+            f"{latest}; make room for the next ones and start the same command again."
+        ) from error
     seconds = time.monotonic() - begin
     host.wall_s += seconds
     host.rl_wall_s += seconds
-    add_phases(host, {"save": seconds})
-
-
-def add_phases(host: Host, phases: dict[str, float]) -> None:
-    for phase, seconds in phases.items():
-        host.phases_s[phase] = host.phases_s.get(phase, 0.0) + seconds
-
-
-def report_row(
-    row: dict[str, Any], host: Host, timer: Timer, writer: Writer, view: Progress
-) -> None:
-    """Adds times to a metrics row, writes and shows it."""
-    seconds, (phases, timeline) = time.monotonic() - timer.begin, timer.take()
-    host.wall_s += seconds
-    host.rl_wall_s += seconds
-    add_phases(host, phases)
-    row |= {f"time/{phase}_s": spent for phase, spent in phases.items()}
-    row |= {"step": host.progress.step, "time_s": host.wall_s, "time/step_s": seconds}
-    row["time/idle_s"] = max(0.0, seconds - sum(phases.values()))
-    row["timeline"] = [[name, round(start, 3), round(end, 3)] for name, start, end in timeline]
-    row |= processes.take_compilations()
-    if "tokens/generated" in row:
-        row["tokens/per_s"] = row["tokens/generated"] / seconds
-    writer.step(row)
-    view.show(row)
+    host.add_phases({"save": seconds})
 
 
 def validate(
-    setup: Setup, state: TrainState, step: int, samples: int, timer: Timer
+    setup: Setup,
+    state: TrainState,
+    prompts: Sequence[Prompt],
+    samples: int,
+    step: int,
+    timer: Timer,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Evaluates the policy on the held-out prompts. Returns the table and its metrics."""
-    run, collector = setup.run, setup.collector
+    """Evaluates the policy on held-out prompts. Returns the table and its metrics."""
+    run, collector = for_stage(setup.run, 0), setup.collector
     with timer("evaluate"):
         params = sampling_copy(collector.model, collector.mesh, state.params)
-        table, groups = evaluate(collector, params, setup.validation, samples, run, step, Timer())
-    refuse_broken_verifiers(groups, run)
+        table, groups = evaluate(collector, params, prompts, samples, run, step, Timer())
+    refuse_broken_verifiers(groups, run.verifiers)
     row = {}
     for name, values in table.items():
         low, high = values["ci95"]
@@ -382,37 +386,14 @@ def validate(
 
 def finish(setup: Setup, state: TrainState, host: Host, workdir: Path, view: Progress) -> None:
     """The final evaluation and summary.json."""
-    timer = Timer()
+    timer, step = Timer(), host.progress.step
     samples = setup.run.validation.final_samples
-    final, _ = validate(setup, state, host.progress.step, samples, timer)
-    seconds = time.monotonic() - timer.begin
-    add_phases(host, timer.take()[0])
-    summary = {
-        "steps": host.progress.step,
-        "wall_s": host.wall_s + seconds,
-        "rl_wall_s": host.rl_wall_s + seconds,
-        "samples": host.samples,
-        "generated_tokens": host.generated_tokens,
-        "params_sha256": params_sha256(setup.collector.mesh, state.params),
-        "resets": host.resets,
-        "validation": {"base": host.base, "final": final},
-        "phases_s": {
-            name: host.phases_s.get(name, 0.0)
-            for name in ("sample", "verify", "score", "update", "evaluate", "save")
-        },
+    final, _ = validate(setup, state, setup.held_out, samples, step, timer)
+    summary = host.summary(timer, final) | {
+        "params_sha256": params_sha256(setup.collector.mesh, state.params)
     }
     write_json(workdir / "summary.json", summary)
     view.print(final_table(summary))
-
-
-def refuse_lost_run(host: Host, run: RunConfig, checkpointer: Checkpointer) -> None:
-    """Raises RuntimeError after too many skipped updates in a row."""
-    if host.skipped_in_a_row >= run.update.max_skipped:
-        raise RuntimeError(
-            f"the last {host.skipped_in_a_row} updates, up to step {host.progress.step}, had a "
-            f"non-finite gradient and were skipped; the last good checkpoint is of step "
-            f"{checkpointer.latest_step}; look at the last rows of metrics.jsonl."
-        )
 
 
 # --- start-up ------------------------------------------------------------------------------------
@@ -429,16 +410,17 @@ def initial_state(run: RunConfig, params: PyTree) -> TrainState:
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        run, workdir = parse(sys.argv[1:] if argv is None else argv, workdir=True)
-        return train(run, workdir)
+        given = parse(sys.argv[1:] if argv is None else argv, workdir=True)
+        return train(*given)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("stopped at once; the last checkpoint is kept", file=sys.stderr)
         return 130
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (RuntimeError, OSError) as error:
+        hint = "; the last checkpoint is kept" if isinstance(error, OSError) else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
         return 1
 
 

@@ -143,14 +143,18 @@ def make_update(
 
 
 def reset_reference(
-    state: TrainState, optimizer: optax.GradientTransformation, *, clear_optimizer: bool
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    params: PyTree,
+    *,
+    clear_optimizer: bool,
 ) -> TrainState:
-    """The hard reset: reference := policy, and the optimizer starts anew (ProRL section 2.3.1).
+    """The hard reset: reference := params, and the optimizer starts anew (ProRL section 2.3.1).
 
-    ProRL v2 resets the reference alone (`clear_optimizer` false).
+    `params` are those of the policy, or of an earlier one. ProRL v2 resets the reference alone
+    (`clear_optimizer` false).
     """
-    ref_params = jax.tree.map(jnp.copy, state.params)
-    state = replace(state, ref_params=ref_params)
+    state = replace(state, ref_params=jax.tree.map(jnp.copy, params))
     if not clear_optimizer:
         return state
     shardings = jax.tree.map(lambda x: x.sharding, state.opt_state)

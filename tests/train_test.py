@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from prolong_jax import train
-from prolong_jax.config import TINY_BASE, RunConfig
+from prolong_jax.config import TINY_BASE, VerifierSettings
+from prolong_jax.groups import refuse_broken_verifiers
 from prolong_jax.metrics import read_rows
 from prolong_jax.verifiers import math
 from tests.rollout_test import group
@@ -51,7 +52,7 @@ def summary(workdir):
 
 def rows_without_times(workdir):
     rows = read_rows(workdir / "metrics.jsonl")
-    varying = ("time", "tokens/per_s", "verify/queue_depth")
+    varying = ("time", "tokens/per_s", "verify/queue_depth", "memory")
     return [{k: v for k, v in r.items() if not k.startswith(varying)} for r in rows]
 
 
@@ -72,9 +73,10 @@ def test_the_workdir_contract(whole):
     assert result["steps"] == 6 and result["wall_s"] >= result["rl_wall_s"] > 0
     assert set(result["phases_s"]) == {"sample", "verify", "score", "update", "evaluate", "save"}
     assert all(seconds > 0 for seconds in result["phases_s"].values()), result["phases_s"]
+    what = {"reference": "policy", "optimizer": True}
     assert result["resets"] == [
-        {"step": 3, "reason": "stage", "optimizer": True},
-        {"step": 5, "reason": "schedule", "optimizer": True},
+        {"step": 3, "reason": "stage", "values": {}, **what},
+        {"step": 5, "reason": "schedule", "values": {"steps": 2}, **what},
     ]
     domains = {"math", "code", "stem", "logic", "instruct", "all", "easy_middle", "hard"}
     for when in ("base", "final"):
@@ -98,6 +100,8 @@ def test_metrics_of_the_first_step_and_after_a_reset(whole):
         assert row["update/skipped_nonfinite"] == 0
     assert rows[3]["update/kl_ref"] > 0
     assert rows[4]["reset"] == "stage" and rows[6]["reset"] == "schedule"
+    assert rows[6]["reset/values"] == {"steps": 2}
+    assert rows[6]["reset/what"] == ["reference", "optimizer"]
     assert rows[4]["update/kl_ref"] < rows[3]["update/kl_ref"]
 
 
@@ -194,11 +198,11 @@ def test_many_faults_of_a_verifier_stop_the_run_and_few_do_not():
     def faults(number):
         return [group([0.0] * 20, statuses=["error"] * number + ["ok"] * (20 - number))]
 
-    run = RunConfig()
-    assert 0 < run.verifiers.max_error_rate < 7 / 20
-    train.refuse_broken_verifiers(faults(7), run)
+    settings = VerifierSettings()
+    assert 0 < settings.max_error_rate < 7 / 20
+    refuse_broken_verifiers(faults(7), settings)
     with pytest.raises(RuntimeError, match="verifier 'math' failed on 40% of the responses"):
-        train.refuse_broken_verifiers(faults(8), run)
+        refuse_broken_verifiers(faults(8), settings)
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -291,10 +295,24 @@ def test_a_verifier_that_cannot_start_is_refused(capsys, tmp_path, monkeypatch):
     assert "verifier" in refusal(capsys, arguments(tmp_path / "run"))
 
 
-def test_the_error_of_a_wrong_checkpoint_names_it(capsys, whole, tmp_path):
+def test_a_damaged_checkpoint_is_put_aside(capsys, whole, tmp_path):
+    """The run goes on from the one before and ends the same; without any, it is refused."""
     workdir = shutil.copytree(whole, tmp_path / "run")
-    for file in (workdir / "checkpoints" / "6").rglob("*"):
-        if file.is_file() and file.stat().st_size > 10_000:
-            file.write_bytes(b"")
-    argv = arguments(workdir, total_steps=8)
-    assert "the checkpoint of step 6 cannot be restored" in refusal(capsys, argv)
+    largest(workdir / "checkpoints" / "6").write_bytes(b"")
+    (workdir / "summary.json").unlink()
+    assert train.main(arguments(workdir)) == 0
+    printed = capsys.readouterr().out
+    assert "damaged checkpoints are put aside: step 6 (state" in printed
+    assert "the run goes on from step 4 and loses nothing but time" in printed
+    assert len(list((workdir / "damaged").glob("6-*"))) == 1
+    assert summary(workdir)["params_sha256"] == summary(whole)["params_sha256"]
+    assert rows_without_times(workdir) == rows_without_times(whole)
+    for step in ("4", "6"):
+        largest(workdir / "checkpoints" / step).unlink()
+    error = refusal(capsys, arguments(workdir, total_steps=8))
+    assert "no checkpoint is whole: step 6 (state" in error and "step 4 (state" in error
+    assert len(list((workdir / "damaged").iterdir())) == 3
+
+
+def largest(directory):
+    return max((f for f in directory.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)

@@ -359,7 +359,7 @@ def test_reset(clear_optimizer):
     moments = jax.device_get(state.opt_state)
     params = jax.device_get(state.params)
     assert optax.tree.norm(jax.tree.map(jnp.subtract, state.params, state.ref_params)) > 0
-    state = reset_reference(state, optimizer, clear_optimizer=clear_optimizer)
+    state = reset_reference(state, optimizer, state.params, clear_optimizer=clear_optimizer)
     jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(state.params))
     jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(state.ref_params))
     expected = jax.device_get(optimizer.init(params)) if clear_optimizer else moments

@@ -1,0 +1,100 @@
+"""Host state of a run: with the TrainState, all that a checkpoint holds."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from prolong_jax import processes
+from prolong_jax.config import UpdateSettings
+from prolong_jax.data.mixture import Position
+from prolong_jax.groups import group_from_dict
+from prolong_jax.metrics import Progress, Writer
+from prolong_jax.processes import Timer
+from prolong_jax.reset_rules import Evaluation, History
+from prolong_jax.rollout import Cursor
+from prolong_jax.stages import Progress as StageProgress
+
+PHASES = ("sample", "verify", "score", "update", "evaluate", "save")
+
+
+@dataclass
+class Host:
+    progress: StageProgress = field(default_factory=StageProgress)
+    history: History = field(default_factory=History)
+    cursor: Cursor = field(default_factory=Cursor)
+    base: dict[str, Any] = field(default_factory=dict)  # validation before step 1
+    resets: list[dict[str, Any]] = field(default_factory=list)
+    skipped_in_a_row: int = 0
+    samples: int = 0
+    generated_tokens: int = 0
+    wall_s: float = 0.0
+    rl_wall_s: float = 0.0
+    phases_s: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Host":
+        """The inverse of `to_dict` after a JSON round trip."""
+        progress, history, cursor = (values[k] for k in ("progress", "history", "cursor"))
+        best = progress["best"] and Evaluation(**progress["best"])
+        known = {name: tuple(numbers) for name, numbers in history.items()}
+        known["evaluations"] = tuple(Evaluation(**e) for e in history["evaluations"])
+        surplus = [group_from_dict(g) for g in cursor["surplus"]]
+        return cls(
+            **values
+            | {
+                "progress": StageProgress(**progress | {"best": best}),
+                "history": History(**known),
+                "cursor": Cursor(Position(**cursor["position"]), surplus),
+            }
+        )
+
+    def summary(self, timer: Timer, final: dict[str, Any]) -> dict[str, Any]:
+        """What summary.json says of a finished run; `timer` is that of the final evaluation."""
+        seconds = time.monotonic() - timer.begin
+        self.add_phases(timer.take()[0])
+        return {
+            "steps": self.progress.step,
+            "wall_s": self.wall_s + seconds,
+            "rl_wall_s": self.rl_wall_s + seconds,
+            "samples": self.samples,
+            "generated_tokens": self.generated_tokens,
+            "resets": self.resets,
+            "validation": {"base": self.base, "final": final},
+            "phases_s": {name: self.phases_s.get(name, 0.0) for name in PHASES},
+        }
+
+    def refuse_lost_run(self, settings: UpdateSettings, saved: int | None) -> None:
+        """Raises RuntimeError after too many skipped updates in a row."""
+        if self.skipped_in_a_row >= settings.max_skipped:
+            raise RuntimeError(
+                f"the last {self.skipped_in_a_row} updates, up to step {self.progress.step}, had a "
+                f"non-finite gradient and were skipped; the last good checkpoint is of step {saved}; "
+                "look at the last rows of metrics.jsonl."
+            )
+
+    def add_phases(self, phases: dict[str, float]) -> None:
+        for phase, seconds in phases.items():
+            self.phases_s[phase] = self.phases_s.get(phase, 0.0) + seconds
+
+
+def report_row(
+    row: dict[str, Any], host: Host, timer: Timer, writer: Writer, view: Progress
+) -> None:
+    """Adds times to a metrics row, writes and shows it."""
+    seconds, (phases, timeline) = time.monotonic() - timer.begin, timer.take()
+    host.wall_s += seconds
+    host.rl_wall_s += seconds
+    host.add_phases(phases)
+    row |= {f"time/{phase}_s": spent for phase, spent in phases.items()}
+    row |= {"step": host.progress.step, "time_s": host.wall_s, "time/step_s": seconds}
+    row["time/idle_s"] = max(0.0, seconds - sum(phases.values()))
+    row["timeline"] = [[name, round(start, 3), round(end, 3)] for name, start, end in timeline]
+    row |= processes.take_compilations()
+    row["memory/rss_mb"] = processes.resident_mb()
+    if "tokens/generated" in row:
+        row["tokens/per_s"] = row["tokens/generated"] / seconds
+    writer.step(row)
+    view.show(row)
