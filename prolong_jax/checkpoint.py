@@ -146,12 +146,12 @@ class Checkpointer:
         damaged = []
         for step in reversed(self.steps):
             fault = exchange(self._fault(step) if is_first() else "")[0]
-            restored, error = (None, None) if fault else self._restored(step, like)
-            if error is not None and self._sums(step).exists():
+            restored, error = (None, "") if fault else self._restored(step, like)
+            if error and self._sums(step).exists():
                 raise ValueError(
-                    f"--workdir: the checkpoint of step {step} does not fit this model "
-                    f"({_first_line(error)}); give the settings of that run."
-                ) from error
+                    f"--workdir: the checkpoint of step {step} does not fit this model ({error}); "
+                    "give the settings of that run."
+                )
             if restored is not None:
                 if damaged:
                     print(
@@ -159,7 +159,7 @@ class Checkpointer:
                         f"from step {step} and loses nothing but time"
                     )
                 return restored
-            damaged.append(f"step {step} ({fault or _first_line(error)})")
+            damaged.append(f"step {step} ({fault or error})")
             self._put_aside(step)
         if damaged:
             raise ValueError(
@@ -198,19 +198,14 @@ class Checkpointer:
 
     def _restored(
         self, step: int, like: TrainState
-    ) -> tuple[tuple[TrainState, dict[str, Any]] | None, Exception | None]:
+    ) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
         """A checkpoint, or why it cannot be read."""
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-        )
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(shapes), host=ocp.args.JsonRestore()
-        )
+        state, host = ocp.args.StandardRestore(_shapes(like)), ocp.args.JsonRestore()
         try:
-            restored = self._manager.restore(step, args=args)
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=state, host=host))
         except (ValueError, KeyError, OSError) as error:
-            return None, error
-        return (restored["state"], restored["host"]), None
+            return None, _first_line(error)
+        return (restored["state"], restored["host"]), ""
 
     def restore_params(self, like: PyTree, step: int | None = None) -> PyTree:
         """The weights alone of a checkpoint (the newest), with the shapes and shardings of `like`.
@@ -223,19 +218,19 @@ class Checkpointer:
         if step not in self.steps:
             found = ", ".join(map(str, self.steps)) or "none"
             raise ValueError(f"--step: no checkpoint of step {step}; found: {found}.")
-        restore = ocp.args.PyTreeRestore(
-            item={"params": like},
-            restore_args={"params": ocp.checkpoint_utils.construct_restore_args(like)},
-            partial_restore=True,
-        )
+        item = {"params": _shapes(like)}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=restore))
+            # Not through the manager: it knows the item by the handler that saves it.
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                restored = reader.restore(self._directory / str(step) / "state", args)
         except (ValueError, KeyError, OSError) as error:
             raise ValueError(
                 f"--workdir: the checkpoint of step {step} cannot be restored "
                 f"({_first_line(error)}); choose another one by --step."
             ) from error
-        return restored["state"]["params"]
+        return restored["params"]
 
     def close(self) -> None:
         """Waits until the last save is complete. Raises OSError where it failed."""
@@ -243,6 +238,10 @@ class Checkpointer:
             self._finish()
         finally:
             self._manager.close()
+
+
+def _shapes(like: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
 
 
 def _first_line(error: BaseException) -> str:

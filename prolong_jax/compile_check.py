@@ -1,7 +1,7 @@
 """Compiles a run's programs for accelerators that are not there: do they fit, and how fast at best?
 
     python -m prolong_jax.compile_check --config=FILE --topology=v5e:4x4 [--topology=h100:8 ...]
-        [--only=update,score,prefill,decode] [--stage=0] [--search] [--json] [--config.KEY=VALUE]
+        [--only=update,score,prefill,decode] [--stage=N] [--search] [--json] [--config.KEY=VALUE]
 
 Shapes and shardings are those of the run. `mesh.fsdp` is set so that the mesh covers the topology,
 and `update.micro_batch_rows` is rounded up to what the mesh divides. No weights are read. Several
@@ -492,7 +492,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser.add_argument("--config", required=True, help="experiment file with get_config()")
     parser.add_argument("--topology", required=True, action="append", help="v5e:4x4, h100:8, ...")
     parser.add_argument("--only", default=",".join(PROGRAMS), help="programs, with commas")
-    parser.add_argument("--stage", type=int, default=0, help="whose overrides apply, from 0")
+    stage = "whose overrides apply, from 0; the one with the longest rows by default"
+    parser.add_argument("--stage", type=int, help=stage)
     parser.add_argument("--search", action="store_true", help="largest micro-batch that fits")
     parser.add_argument("--json", action="store_true")
     args, rest = parser.parse_known_args(argv)
@@ -505,6 +506,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
         if unknown:
             raise ValueError(f"{option}: unknown {unknown[0]!r}; expected {', '.join(known)}.")
     run = load(args.config, [arg.removeprefix("--config.") for arg in rest])
+    if args.stage is None:
+        stages = range(len(run.stages))
+        args.stage = max(stages, key=lambda i: for_stage(run, i).update.row_len)
     if not 0 <= args.stage < len(run.stages):
         raise ValueError(f"--stage: expected 0 to {len(run.stages) - 1}, got {args.stage}.")
     return args, for_stage(run, args.stage)

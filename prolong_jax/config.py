@@ -463,6 +463,7 @@ def _check_positive(run: RunConfig) -> None:
         "rollout.max_response_len": rollout.max_response_len,
         "rollout.max_prompt_len": rollout.max_prompt_len,
         "rollout.cache_lens": rollout.cache_lens,
+        "rollout.sample_rows": rollout.sample_rows,
         "rollout.temperature": rollout.temperature,
         "loss.tis_cap": loss.tis_cap,
         "update.max_skipped": update.max_skipped,
@@ -533,11 +534,6 @@ def _check_sizes(run: RunConfig) -> None:
     )
     _require(
         "" not in rollout.stop_strings, "'rollout.stop_strings' has an empty one; leave it out."
-    )
-    _require(
-        rollout.sample_rows >= rollout.group_size,
-        f"'rollout.sample_rows' ({rollout.sample_rows}) must hold a group of "
-        f"'rollout.group_size' ({rollout.group_size}).",
     )
     _require(
         loss.kl_estimator in ("k2", "k3"),

@@ -32,10 +32,10 @@ def replay(
         if decision.finish:
             return
         progress, history = stages.apply(run, progress, history, decision)
-        score, *interval = (row.get(f"validation/all/{part}") for part in ("avg", "lo", "hi"))
         evaluation = None
-        if score is not None:
-            evaluation = stages.Evaluation(row["step"], score, *interval)
+        if "validation/all/avg" in row:
+            parts = [float(row[f"validation/all/{part}"]) for part in ("avg", "lo", "hi")]
+            evaluation = stages.Evaluation(row["step"], *parts)
         over = for_stage(run, progress.stage).stages[progress.stage].reset.over
         progress, history = stages.record(progress, history, row, evaluation, over)
 

@@ -80,7 +80,9 @@ def test_shape_of_the_first_real_configuration():
     model = model_of(run)
     sizes = [leaf.size for leaf in jax.tree.leaves(model.shapes())]
     assert sum(sizes) == 1_777_088_000  # as its model card counts
-    assert (run.update.row_len, run.rollout.group_size) == (16384, 16)
+    assert (run.update.row_len, run.rollout.group_size) == (8192, 16)
+    args, longest = compile_check._parse([f"--config={REAL}", "--topology=v5e:4x4"])
+    assert (args.stage, longest.update.row_len) == (7, 16384)
 
 
 def test_a_shape_that_is_not_there_is_refused():

@@ -3,6 +3,7 @@ import pytest
 from prolong_jax.config import (
     RunConfig,
     build,
+    changes,
     check,
     for_stage,
     load,
@@ -66,7 +67,7 @@ def test_round_trip():
         ("validation.prompts_per_level=0", "'validation.prompts_per_level' must be greater than 0"),
         ("validation.temperature=0.0", "'validation.temperature' must be greater than 0"),
         ("rollout.stop_properly=2.0", "'rollout.stop_properly' must be at most 1"),
-        ("rollout.sample_rows=4", "'rollout.sample_rows' (4) must hold a group"),
+        ("rollout.sample_rows=0", "'rollout.sample_rows' must be greater than 0"),
         ("rollout.stop_strings=['a', '']", "'rollout.stop_strings' has an empty one"),
         ("update.max_skipped=0", "'update.max_skipped' must be greater than 0"),
         ("loss.kl_coef=-1.0", "'loss.kl_coef' must be 0 or more"),
@@ -108,8 +109,39 @@ def test_a_workdir_of_another_run_is_refused():
     refuse_other(
         load(TINY, ["total_steps=7", "checkpoint.every=3", "metrics.wandb=offline"]), saved, "w"
     )
-    with pytest.raises(ValueError, match=r"loss.kl_coef \(0.001 there, 0.01 here\)"):
-        refuse_other(load(TINY, ["loss.kl_coef=0.01"]), saved, "w")
+    other = load(TINY, ["loss.kl_coef=0.01"])
+    with pytest.raises(ValueError, match="loss.kl_coef: 0.001 -> 0.01; give another.*--allow-ch"):
+        refuse_other(other, saved, "w")
+    refuse_other(other, saved, "w", allow=True)
+    for never in ("seed=1", "model.path=elsewhere"):
+        with pytest.raises(ValueError, match=f"{never.partition('=')[0]}: .* -> .*workdir or the"):
+            refuse_other(load(TINY, [never]), saved, "w", allow=True)
+
+
+def test_changes_are_told_one_by_one():
+    saved = to_dict(load(TINY))
+    run = load(TINY, ["loss.kl_coef=0.01", "total_steps=7"])
+    assert changes(saved, run) == {"loss.kl_coef": (0.001, 0.01), "total_steps": (100, 7)}
+    del saved["loss"]["kl_coef"]  # of a version that had no such setting
+    assert changes(saved, run)["loss.kl_coef"] == (None, 0.01)
+    assert changes(to_dict(run), run) == {}
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("over=0", "over' must be at least 1"),
+        ("max_kl=-1", "max_kl' must be 0 or more"),
+        ("kl_spike=0.5", "kl_spike' must be 0 or more than 1"),
+        ("cooldown=99", r"every' \(15\) must not be less than its cooldown \(99\)"),
+        ("reference=last", "reference' must be 'policy', or 'best'"),
+    ],
+)
+def test_reset_rules_that_make_no_sense_are_refused(override, message):
+    with pytest.raises(ValueError, match="'stages.2.reset." + message):
+        load(TINY, [f"stages.2.reset.{override}"])
+    with pytest.raises(ValueError, match="together with checkpoint.keep_best"):
+        load(TINY, ["stages.2.reset.reference=best", "checkpoint.keep_best=False"])
 
 
 def test_defaults_are_those_of_the_paper():
@@ -119,3 +151,28 @@ def test_defaults_are_those_of_the_paper():
     assert (run.rollout.prompts_per_step, run.rollout.group_size) == (256, 16)
     assert run.rollout.temperature == 1.2 and run.optimizer.learning_rate == 2e-6
     assert run.update.num_minibatches == 4
+
+
+def test_the_eight_runs_of_prorl():
+    """What appendix E says of them; and v2 and BroRL beside it."""
+    v1, v2, brorl = (
+        load(f"experiments/configs/{name}_1p5b.py") for name in ("prorl_v1", "prorl_v2", "brorl")
+    )
+    runs = [for_stage(v1, index) for index in range(8)]
+    assert [run.rollout.group_size for run in runs] == [16] * 5 + [32, 32, 16]
+    assert [run.rollout.max_prompt_len + run.rollout.max_response_len for run in runs] == [
+        8096
+    ] * 7 + [16384]
+    assert [run.rollout.stop_properly for run in runs] == [1.0] * 3 + [0.0] * 5
+    assert ["instruct" in stage.mixture for stage in v1.stages] == [False, False] + [True] * 6
+    assert [i + 1 for i, stage in enumerate(v1.stages) if stage.reset_at_start] == [2, 6, 7]
+    assert all(stage.reset.optimizer for stage in v1.stages) and v1.stages[-1].steps == 200
+    assert (v1.loss.clip_low, v1.loss.clip_high, v1.optimizer.learning_rate) == (0.2, 0.4, 2e-6)
+    assert (v2.loss.clip_high, v2.loss.kl_estimator, v2.stages[0].reset.optimizer) == (
+        0.28,
+        "k2",
+        False,
+    )
+    assert 200 <= v2.stages[0].reset.every <= 500
+    assert (brorl.rollout.group_size, brorl.rollout.prompts_per_step) == (512, 128)
+    assert brorl.optimizer.learning_rate == pytest.approx(2e-6 * 8**0.5)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -178,6 +179,32 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(tmp_path, alone)
     assert (workdir / "checkpoints" / "1").is_dir()
     assert train.main(train_test.arguments(workdir, **SETTINGS)) == 0
     assert_same_run(workdir, alone)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_devices_and_processes(tmp_path):
+    """From 1 process x 4 devices to 2 x 2 and 1 x 2: the same prompts, samples and loss."""
+    every = {"metrics__samples_per_step": 100}
+    begun = tmp_path / "begun"
+    first = train_test.arguments(begun, **SETTINGS | every | {"total_steps": 1})
+    assert train.main(first) == 0
+    begun.joinpath("summary.json").unlink()
+    workdirs = {name: shutil.copytree(begun, tmp_path / name) for name in ("1x4", "1x2", "2x2")}
+    assert train.main(train_test.arguments(workdirs["1x4"], **SETTINGS | every)) == 0
+    half = SETTINGS | every | {"mesh__data": 1}
+    assert train.main(train_test.arguments(workdirs["1x2"], **half)) == 0
+    with pair("prolong_jax.train", tmp_path, run_of(workdirs["2x2"], **every)) as running:
+        finish(running, tmp_path)
+    rows = {name: read_rows(w / "metrics.jsonl")[-1] for name, w in workdirs.items()}
+    samples = {name: read_rows(w / "samples.jsonl") for name, w in workdirs.items()}
+    assert {row["step"] for row in rows.values()} == {2}
+    for name in ("1x2", "2x2"):
+        assert samples[name] == samples["1x4"] and len(samples[name]) >= 8
+        for key in ("update/loss", "update/entropy", "update/kl_ref"):
+            np.testing.assert_allclose(rows[name][key], rows["1x4"][key], rtol=0, atol=1e-4)
+        print(name, {key: rows[name][key] - rows["1x4"][key] for key in ("update/loss",)})
+    (change,) = read_rows(workdirs["1x2"] / "changes.jsonl")
+    assert change == {"step": 1, "changes": {"mesh.data": [2, 1], "total_steps": [1, 2]}}
 
 
 def run_code(code):
