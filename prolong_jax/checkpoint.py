@@ -203,7 +203,7 @@ class Checkpointer:
         state, host = ocp.args.StandardRestore(_shapes(like)), ocp.args.JsonRestore()
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=state, host=host))
-        except (ValueError, KeyError, OSError) as error:
+        except Exception as error:  # damaged arrays show as a plain Exception
             return None, _first_line(error)
         return (restored["state"], restored["host"]), ""
 
@@ -225,7 +225,7 @@ class Checkpointer:
             # Not through the manager: it knows the item by the handler that saves it.
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 restored = reader.restore(self._directory / str(step) / "state", args)
-        except (ValueError, KeyError, OSError) as error:
+        except Exception as error:
             raise ValueError(
                 f"--workdir: the checkpoint of step {step} cannot be restored "
                 f"({_first_line(error)}); choose another one by --step."
