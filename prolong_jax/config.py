@@ -171,10 +171,10 @@ class ResetSettings:
     plateau_gain: float = 0.01  # which is more than this and beyond the best one's 95% interval
     degradation: float = 0.0  # score this far, and beyond the 95% interval, below the best one
     max_kl: float = 0.0  # nats per token to the reference
-    kl_spike: float = 0.0  # KL of a step, in multiples of its mean over the KL_SCALE steps before
+    kl_spike: float = 0.0  # nats per token, in multiples of the mean of the 20 steps before
     min_entropy: float = 0.0  # nats per token
     max_unterminated: float = 0.0  # share of responses without an end
-    over: int = 5  # steps whose mean is compared with max_kl, min_entropy and max_unterminated
+    over: int = 5  # steps whose mean is compared with the limits of KL, entropy and termination
     cooldown: int = 0  # steps after a reset in which no rule resets again
     optimizer: bool = True  # v1 clears the optimizer's moments and step count too, v2 keeps them
     reference: str = "policy"  # what it becomes: policy, or best: the best validated checkpoint

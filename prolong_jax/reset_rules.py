@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from prolong_jax.config import ResetSettings
 
-KL_SCALE = 20  # steps whose mean KL is the scale of a spike
+KL_SCALE = 20  # steps before a spike whose mean KL is its scale
 SIGNALS = {"update/kl_ref": "kl", "update/entropy": "entropy", "response/terminated": "terminated"}
 Values = dict[str, float]
 
@@ -40,7 +40,7 @@ def extended(
     over: int,
 ) -> History:
     """The history after a step; metrics that are missing or not finite are passed over."""
-    keep, known = max(over, KL_SCALE + 1), {}
+    keep, known = over + KL_SCALE, {}
     for name, signal in SIGNALS.items():
         value = row.get(name)
         if value is not None and math.isfinite(value):
@@ -79,10 +79,10 @@ def _kl(rule: ResetSettings, history: History) -> Values:
 
 
 def _kl_spike(rule: ResetSettings, history: History) -> Values:
-    scale = _mean(history.kl[:-1], KL_SCALE)
-    if not rule.kl_spike or scale is None or history.kl[-1] <= rule.kl_spike * scale:
+    kl, scale = _mean(history.kl, rule.over), _mean(history.kl[: -rule.over], KL_SCALE)
+    if not rule.kl_spike or kl is None or scale is None or kl <= rule.kl_spike * scale:
         return {}
-    return {"kl": history.kl[-1], "above": rule.kl_spike * scale}
+    return {"kl": kl, "above": rule.kl_spike * scale}
 
 
 def _entropy(rule: ResetSettings, history: History) -> Values:

@@ -104,13 +104,15 @@ def test_high_kl_is_judged_by_the_mean_of_the_last_steps():
 
 
 def test_a_spike_of_the_kl_is_measured_against_the_steps_before():
-    run = one_stage(kl_spike=4.0)
-    spike = KL_SCALE + 5
-    rows = healthy(spike + 5, kl_ref={spike: 0.041, 10: 9.0})  # at step 10 there is no scale yet
-    events, decisions = play(run, [0.1] * 99, spike + 5, rows)
-    assert events == [] and decisions[-1] == Decision()
-    rows[9]["update/kl_ref"] = 0.01
-    assert play(run, [0.1] * 99, spike + 5, rows)[0] == [(spike, "kl spike", False)]
+    run = one_stage(kl_spike=4.0, over=2)
+    spike, steps = KL_SCALE + 5, KL_SCALE + 10
+    high = {spike: 0.041, spike - 1: 0.041}
+    assert play(run, [0.1] * 99, steps, healthy(steps, kl_ref=high))[0] == [
+        (spike, "kl spike", False)
+    ]
+    assert play(run, [0.1] * 99, steps, healthy(steps, kl_ref={spike: 0.041}))[0] == []  # alone
+    early = high | {10: 9.0}  # at step 10 there is no scale yet; then it is large
+    assert play(run, [0.1] * 99, steps, healthy(steps, kl_ref=early))[0] == []
 
 
 def test_growth_of_the_kl_after_a_reset_is_no_spike():
@@ -144,7 +146,7 @@ def test_steps_without_an_update_have_no_kl():
 RULE = {
     "degradation": {"degradation": 0.01},
     "kl": {"max_kl": 0.05},
-    "kl spike": {"kl_spike": 2.0},
+    "kl spike": {"kl_spike": 1.5},
     "entropy": {"min_entropy": 0.5},
     "unterminated": {"max_unterminated": 0.2},
     "plateau": {"plateau_window": 1},
