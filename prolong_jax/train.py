@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from prolong_jax import processes, stages
+from prolong_jax import processes, roofline, stages
 from prolong_jax.checkpoint import Checkpointer, params_sha256
 from prolong_jax.config import (
     DOMAINS,
@@ -343,6 +343,7 @@ def report_row(
     row: dict[str, Any], host: Host, timer: Timer, writer: Writer, view: Progress
 ) -> None:
     """Adds times to a metrics row, writes and shows it."""
+    row |= processes.usage(timer)
     seconds, (phases, timeline) = time.monotonic() - timer.begin, timer.take()
     host.wall_s += seconds
     host.rl_wall_s += seconds
@@ -354,6 +355,7 @@ def report_row(
     row |= processes.take_compilations()
     if "tokens/generated" in row:
         row["tokens/per_s"] = row["tokens/generated"] / seconds
+    row |= roofline.utilisation(row, jax.devices()[0].device_kind, jax.device_count())
     writer.step(row)
     view.show(row)
 

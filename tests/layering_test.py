@@ -33,6 +33,7 @@ ONLY_IN = {
     "flax": ("models",),
     "orbax": ("checkpoint",),
     "wandb": ("metrics",),
+    "tensorboardX": ("metrics",),
 }
 JAX_FREE = ("verifiers", "data")
 JAX_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax"}
