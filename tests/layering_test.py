@@ -18,7 +18,17 @@ ROOT = Path(__file__).parent.parent
 # A name stands for the module or for a subpackage with all its modules. Imports go downwards only.
 LAYERS = (
     ("types", "config", "model_files"),
-    ("masked", "mesh", "processes", "tokenizer", "stages", "advantages", "verifiers", "roofline"),
+    (
+        "masked",
+        "mesh",
+        "processes",
+        "tokenizer",
+        "stages",
+        "advantages",
+        "verifiers",
+        "roofline",
+        "charts",
+    ),
     ("losses", "optimizer", "models", "data", "next_token", "slots"),
     ("packing",),
     ("sampler", "update", "checkpoint", "metrics"),
