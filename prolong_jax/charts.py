@@ -127,8 +127,7 @@ def _thinned(points: Sequence[Point]) -> Iterator[Point]:
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
         known = sorted((v, s) for s, v in stretch if v is not None)
-        ends = {known[0][::-1], known[-1][::-1]} if known else {stretch[0]}
-        yield from sorted(ends)
+        yield from sorted({(s, v) for v, s in (known[0], known[-1])}) if known else stretch[:1]
 
 
 def _draw(line: Line, last: int, low: float, high: float) -> str:

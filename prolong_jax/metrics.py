@@ -87,7 +87,7 @@ class Writer:
         self._tensorboard, self._table = None, []
         if config.get("metrics", {}).get("tensorboard"):
             self._tensorboard = _start_tensorboard(workdir / "tensorboard", resume_step)
-        self._wandb = None if wandb == "off" else _start_wandb(workdir, wandb, config)
+        self._wandb: Any = None if wandb == "off" else _start_wandb(workdir, wandb, config)
         self._metrics, self._samples = (open(path, "a", encoding="utf-8") for path in paths)
 
     def step(self, row: Mapping[str, Any]) -> None:

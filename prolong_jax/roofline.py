@@ -88,18 +88,16 @@ class Demand:
     loops_counted_once: int = 0  # loops whose trip count XLA does not know
 
 
-def utilisation(row: Mapping[str, Any], kind: str, count: int) -> dict[str, float | None]:
-    """`update/mfu` of a metrics row with an update: the share of the peak of `count` chips.
+def utilisation(row: Mapping[str, Any], kind: str, count: int) -> dict[str, float]:
+    """`mfu` of a metrics row with an update: the share of the peak of `count` chips.
 
-    `kind` is the `device_kind` of JAX; None where its peak is not known.
+    `kind` is the `device_kind` of JAX; nothing where its peak is not known.
     """
-    if "update/flops_per_token" not in row:
-        return {}
     name = next((name for prefix, name in KINDS.items() if kind.startswith(prefix)), None)
-    if name is None:
-        return {"update/mfu": None}
+    if name is None or "update/flops_per_token" not in row:
+        return {}
     flops = row["update/flops_per_token"] * row["tokens/trained"]
-    return {"update/mfu": flops / (row["time/update_s"] * count * DEVICES[name].flops)}
+    return {"mfu": flops / (row["time/update_s"] * count * DEVICES[name].flops)}
 
 
 def shape_bytes(shape: str) -> int:

@@ -133,8 +133,8 @@ def make_update(
         first = _micro_batch(batch, jnp.int32(0))
         start = _zeros(jax.eval_shape(gradient, state.params, first, state.params))
         grads, aux = jax.lax.fori_loop(0, num_micro_batches, added, start)
-        weight = aux[0][0].weight
-        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), grads)
+        (total, statistics), highest = aux
+        grads = jax.tree.map(lambda g: g / jnp.maximum(total.weight, 1.0), grads)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         stepped = replace(
@@ -142,7 +142,7 @@ def make_update(
         )
         finite = jnp.isfinite(norm)
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
-        metrics = _divided(*aux[0], aux[1]) | {"grad_norm": norm}
+        metrics = _divided(total, statistics, highest) | {"grad_norm": norm}
         metrics["learning_rate"] = learning_rate(opt_state)
         metrics["flops_per_token"] = 6.0 * sum(x.size for x in jax.tree.leaves(state.params))
         metrics["skipped_nonfinite"] = (~finite).astype(jnp.float32)

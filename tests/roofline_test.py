@@ -176,7 +176,7 @@ def test_floors():
 def test_utilisation_is_of_the_chip_that_jax_names():
     def mfu(flops, seconds, *devices):
         row = {"update/flops_per_token": flops / 8, "tokens/trained": 8, "time/update_s": seconds}
-        return roofline.utilisation(row, *devices)["update/mfu"]
+        return roofline.utilisation(row, *devices).get("mfu")
 
     assert mfu(0.5 * 197e12 * 4 * 2.0, 2.0, "TPU v5 lite", 4) == pytest.approx(0.5)
     assert mfu(459e12, 1.0, "TPU v5", 1) == pytest.approx(1)

@@ -104,7 +104,7 @@ def test_metrics_of_the_first_step_and_after_a_reset(whole):
 
 
 # Names of the table that a run on a CPU, with the resets that there are, need not write.
-SELDOM = {"reset/what", "reset/values"}
+SELDOM = {"reset/what", "reset/values", "mfu"}
 PLACES = {"DOMAIN": "|".join(DOMAINS), "VERIFIER": r"\w+", "PHASE": r"[a-z]+"}
 PLACES["SET"] = "|".join(VALIDATION_SETS)
 
