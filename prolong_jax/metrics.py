@@ -180,8 +180,8 @@ def _start_tensorboard(directory: Path, resume_step: int | None) -> Any:
         ) from error
     for path in directory.glob("events.out.tfevents.*") if resume_step is None else ():
         path.unlink()
-    # What was written after the checkpoint is hidden: TensorBoard shows the later event of a step.
-    # The name tells apart two files of one second.
+    # TensorBoard drops the numbers of the steps after the checkpoint; their texts stand there twice.
+    # The suffix tells apart two files of one second.
     after = None if resume_step is None else resume_step + 1
     return SummaryWriter(str(directory), purge_step=after, filename_suffix=f".{after or 0}")
 

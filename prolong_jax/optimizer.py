@@ -34,10 +34,10 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     )
 
 
-def learning_rate(opt_state: PyTree) -> Array | float:
+def learning_rate(opt_state: PyTree) -> Array:
     """That of the last step; NaN where the state is not of an optimizer from `make_optimizer`."""
     found = optax.tree.get_all_with_path(opt_state, "learning_rate")
-    return next((value for _, value in found if isinstance(value, jax.Array)), jnp.nan)
+    return next((value for _, value in found if isinstance(value, jax.Array)), jnp.array(jnp.nan))
 
 
 def opt_state_shardings(

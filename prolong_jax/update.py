@@ -144,7 +144,7 @@ def make_update(
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
         metrics = _divided(total, statistics, highest) | {"grad_norm": norm}
         metrics["learning_rate"] = learning_rate(opt_state)
-        metrics["flops_per_token"] = 6.0 * sum(x.size for x in jax.tree.leaves(state.params))
+        metrics["flops_per_token"] = jnp.float32(6.0 * optax.tree.size(state.params))
         metrics["skipped_nonfinite"] = (~finite).astype(jnp.float32)
         return state, {f"update/{name}": value for name, value in metrics.items()}
 
