@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,25 @@ TABLE_ROWS = 100  # samples of one W&B table; each is a file of its own
 VALIDATION_SETS = (*DOMAINS, "all", "easy_middle", "hard")
 
 
-def read_rows(path: str | Path, last: int | None = None) -> list[dict[str, Any]]:
-    """The last rows (None: all) of a JSON lines file; a half-written last line is left out.
+def read_rows(
+    path: str | Path, keep: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> list[dict[str, Any]]:
+    """What `keep` makes of each row of a JSON lines file; a half-written last line is left out.
 
     Raises:
       ValueError: a line before the last one is no JSON.
     """
+    rows, broken = [], ""
     with open(path, encoding="utf-8", errors="replace") as file:
-        lines = deque(file, maxlen=None if last is None else last + 1)
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                message = f"{path}: expected JSON lines, got {line[:60]!r}; remove that line."
-                raise ValueError(message) from error
-    return rows if last is None else rows[max(0, len(rows) - last) :]
+        for line in file:
+            if broken:
+                message = f"{path}: expected JSON lines, got {broken[:60]!r}; remove that line."
+                raise ValueError(message)
+            try:
+                rows.append(keep(json.loads(line)))
+            except json.JSONDecodeError:
+                broken = line
+    return rows
 
 
 def _forget_after(path: Path, step: int) -> None:

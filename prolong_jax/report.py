@@ -135,7 +135,7 @@ def read_workdir(workdir: Path, name: str = "", style: str = "c0") -> Run:
     samples, values = workdir / "samples.jsonl", []
     for path in (workdir / "config.json", workdir / "summary.json"):
         values.append(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
-    found = read_rows(samples) if samples.is_file() else []
+    found = read_rows(samples, _clipped) if samples.is_file() else []
     name = name if name else workdir.resolve().name
     return Run(name, style, read_rows(workdir / "metrics.jsonl"), found, *values)
 
@@ -429,17 +429,19 @@ def _sample(sample: Mapping[str, Any], run: Run, named: bool) -> str:
     data = {key: sample.get(key, "") for key in ("domain", "step")}
     data = "".join(f' data-{k}="{text(v)}"' for k, v in (data | {"run": run.name}).items())
     texts = [(key, str(sample[key])) for key in ("prompt", "response", "detail") if sample.get(key)]
-    blocks = "".join(f"<b>{key}</b><pre>{_clipped(value)}</pre>" for key, value in texts)
+    blocks = "".join(f"<b>{key}</b><pre>{text(value)}</pre>" for key, value in texts)
     head = f'<summary><b class="{style}">{score:.2f}</b> {text(facts)}</summary>'
     return f'<details{data} data-score="{score}">{head}{blocks}</details>'
 
 
-def _clipped(value: str) -> str:
-    """As HTML, without the middle of a long text."""
-    cut, half = len(value) - MAX_CHARS, MAX_CHARS // 2
-    if cut > 0:
-        value = f"{value[:half]}\n[... {cut} characters ...]\n{value[-half:]}"
-    return text(value)
+def _clipped(sample: dict[str, Any]) -> dict[str, Any]:
+    """The sample without the middle of long texts."""
+    half = MAX_CHARS // 2
+    for key, value in sample.items():
+        cut = len(value) - MAX_CHARS if isinstance(value, str) else 0
+        if cut > 0:
+            sample[key] = f"{value[:half]}\n[... {cut} characters ...]\n{value[-half:]}"
+    return sample
 
 
 # --- the page ------------------------------------------------------------------------------------

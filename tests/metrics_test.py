@@ -55,7 +55,7 @@ def test_damage_before_the_last_line_is_named(tmp_path):
         read_rows(path)
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert steps(path) == [1, 2]
-    assert [row["step"] for row in read_rows(path, last=1)] == [2]
+    assert read_rows(path, lambda row: row | {"step": -row["step"]}) == [{"step": -1}, {"step": -2}]
 
 
 ROW = {
