@@ -62,7 +62,9 @@ EXTRAS = {
         "pytest-xdist>=3.8",
         "ruff>=0.17.6",
         "setuptools>=77",  # the packaging test builds a wheel without a network
+        "tensorboardX>=2.6.5",
     ],
+    "tensorboard": ["tensorboardX>=2.6.5"],
     "notebooks": ["jupyter>=1.1", "matplotlib>=3.10", "nbclient>=0.10"],
 }
 

@@ -155,6 +155,7 @@ class CheckpointSettings:
 @dataclass(frozen=True)
 class MetricsSettings:
     wandb: str = "off"  # off, offline or online
+    tensorboard: bool = False  # events under the workdir's tensorboard/
     samples_per_step: int = 4  # responses written to samples.jsonl
 
 

@@ -108,6 +108,7 @@ def statistics(kept: Sequence[Group], sampled: Sequence[Group], surplus: int) ->
             "response/len_mean": float(np.mean(lengths)),
             "response/len_max": max(lengths),
             "response/terminated": float(np.mean([s for g in sampled for s in g.stopped])),
+            "response/clipped": float(np.mean([not s for g in sampled for s in g.stopped])),
         }
     return row | {
         "groups/kept": len(kept),
@@ -120,6 +121,7 @@ def statistics(kept: Sequence[Group], sampled: Sequence[Group], surplus: int) ->
         "verify/timeouts": statuses.count(Status.TIMEOUT),
         "verify/errors": statuses.count(Status.ERROR),
         "tokens/generated": sum(lengths),
+        "tokens/trained": sum(len(tokens) for g in kept for tokens in [g.prompt_tokens, *g.tokens]),
     }
 
 

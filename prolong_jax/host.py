@@ -1,10 +1,14 @@
 """Host state of a run: with the TrainState, all that a checkpoint holds."""
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from prolong_jax import processes
+import jax
+import numpy as np
+
+from prolong_jax import processes, roofline
 from prolong_jax.config import UpdateSettings
 from prolong_jax.data.mixture import Position
 from prolong_jax.groups import group_from_dict
@@ -75,15 +79,33 @@ class Host:
                 "look at the last rows of metrics.jsonl."
             )
 
+    def count_skipped(self, updates: Sequence[Mapping[str, Any]]) -> None:
+        for metrics in updates:
+            skipped = metrics["update/skipped_nonfinite"] > 0
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
     def add_phases(self, phases: dict[str, float]) -> None:
         for phase, seconds in phases.items():
             self.phases_s[phase] = self.phases_s.get(phase, 0.0) + seconds
+
+
+def combined(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The metrics of a step's updates: their mean, or the extreme of extremes."""
+    row = {}
+    for name in (updates or [{}])[0]:
+        values = [metrics[name] for metrics in updates]
+        of = max if name.endswith("_max") else min if name.endswith("_min") else np.mean
+        row[name] = float(of(values))
+    if updates:
+        row["update/first_ratio_deviation"] = float(updates[0]["update/ratio_deviation"])
+    return row
 
 
 def report_row(
     row: dict[str, Any], host: Host, timer: Timer, writer: Writer, view: Progress
 ) -> None:
     """Adds times to a metrics row, writes and shows it."""
+    row |= processes.usage(timer)
     seconds, (phases, timeline) = time.monotonic() - timer.begin, timer.take()
     host.wall_s += seconds
     host.rl_wall_s += seconds
@@ -93,8 +115,8 @@ def report_row(
     row["time/idle_s"] = max(0.0, seconds - sum(phases.values()))
     row["timeline"] = [[name, round(start, 3), round(end, 3)] for name, start, end in timeline]
     row |= processes.take_compilations()
-    row["memory/rss_mb"] = processes.resident_mb()
     if "tokens/generated" in row:
         row["tokens/per_s"] = row["tokens/generated"] / seconds
+    row |= roofline.utilisation(row, jax.devices()[0].device_kind, jax.device_count())
     writer.step(row)
     view.show(row)

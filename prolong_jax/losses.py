@@ -148,6 +148,9 @@ def grpo_loss(
         "kl_ref": kl_k3(logp_BT, ref_logp_BT),
         "kl_old": kl_k3(old_logp_BT, logp_BT),  # KL(pi_old || pi): the tokens are pi_old's
         "tis_weight": weight_BT,
+        "tis_capped": (weight_BT >= tis_cap).astype(jnp.float32),
+        "advantage": batch.advantage,
+        "advantage_square": jnp.square(batch.advantage),
         **_ratio_statistics(importance_ratio(logp_BT, old_logp_BT), batch.advantage, **clip),
     }
     return masked.token_mean(policy_loss_BT + kl_loss_BT, mask_BT), {

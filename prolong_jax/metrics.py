@@ -1,23 +1,20 @@
-"""Where the numbers of a run go: files in the workdir, W&B when asked, and the terminal.
+"""Where the numbers of a run go: files, W&B and TensorBoard when asked, and the terminal.
 
-A metrics row is a flat mapping with "step" (0: the evaluation of the base model) and, where known,
-"stage", "stage_index", "reset" (why the reference was reset just before this step, or None) and
-numbers such as "update/entropy" (nats per token), "reward/math" (raw, [0, 1]), "time/sample_s".
-"time/idle_s" is what no phase took of the step;
-"timeline" lists [phase, from, to] in seconds since the step began; phases may overlap.
+A metrics row is a flat mapping with "step" (0: the evaluation of the base model); all names that it
+may have stand in experiments/METRICS.md.
 """
 
 import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -25,26 +22,29 @@ from rich.text import Text
 
 from prolong_jax.config import DOMAINS
 
+TABLE_ROWS = 100  # samples of one W&B table; each is a file of its own
 VALIDATION_SETS = (*DOMAINS, "all", "easy_middle", "hard")
 
 
-def read_rows(path: str | Path, last: int | None = None) -> list[dict[str, Any]]:
-    """The last rows (None: all) of a JSON lines file; a half-written last line is left out.
+def read_rows(
+    path: str | Path, keep: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> list[dict[str, Any]]:
+    """What `keep` makes of each row of a JSON lines file; a half-written last line is left out.
 
     Raises:
       ValueError: a line before the last one is no JSON.
     """
+    rows, broken = [], ""
     with open(path, encoding="utf-8", errors="replace") as file:
-        lines = deque(file, maxlen=None if last is None else last + 1)
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                message = f"{path}: expected JSON lines, got {line[:60]!r}; remove that line."
-                raise ValueError(message) from error
-    return rows if last is None else rows[max(0, len(rows) - last) :]
+        for line in file:
+            if broken:
+                message = f"{path}: expected JSON lines, got {broken[:60]!r}; remove that line."
+                raise ValueError(message)
+            try:
+                rows.append(keep(json.loads(line)))
+            except json.JSONDecodeError:
+                broken = line
+    return rows
 
 
 def _forget_after(path: Path, step: int) -> None:
@@ -73,11 +73,11 @@ class Writer:
     Args:
       workdir: an existing directory.
       wandb: "off", "offline" (writes under `workdir`/wandb) or "online".
-      config: nested settings, for W&B.
+      config: nested settings, for W&B; "metrics.tensorboard" asks for events of TensorBoard.
       resume_step: rows after this step are dropped; None: the run starts anew, so all are.
 
     Raises:
-      ValueError: a file in the workdir is no JSON lines, or W&B cannot start.
+      ValueError: a file in the workdir is no JSON lines, or W&B or TensorBoard cannot start.
     """
 
     def __init__(
@@ -86,7 +86,10 @@ class Writer:
         paths = [workdir / "metrics.jsonl", workdir / "samples.jsonl"]
         for path in paths:
             _forget_after(path, -1 if resume_step is None else resume_step)
-        self._wandb = None if wandb == "off" else _start_wandb(workdir, wandb, config)
+        self._tensorboard, self._table = None, []
+        if config.get("metrics", {}).get("tensorboard"):
+            self._tensorboard = _start_tensorboard(workdir / "tensorboard", resume_step)
+        self._wandb: Any = None if wandb == "off" else _start_wandb(workdir, wandb, config)
         self._metrics, self._samples = (open(path, "a", encoding="utf-8") for path in paths)
 
     def step(self, row: Mapping[str, Any]) -> None:
@@ -95,16 +98,46 @@ class Writer:
         self._metrics.flush()
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in row.items() if value is not None})
+        if self._tensorboard is not None:
+            for key, value in row.items():
+                is_number = isinstance(value, int | float | np.generic) and key != "step"
+                if is_number and math.isfinite(value):
+                    self._tensorboard.add_scalar(key, value, row["step"])
+            if row.get("reset"):
+                self._tensorboard.add_text("reset", _plain(row["reset"]), row["step"])
+            self._tensorboard.flush()
 
-    def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes responses with their verdicts; each row has "step"."""
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes responses with their verdicts; the rows have "step", and all the same keys."""
         self._samples.writelines(_json_line(row) for row in rows)
         self._samples.flush()
+        if self._tensorboard is not None:
+            for number, row in enumerate(rows):
+                text = "\n\n".join(f"{key}:\n\n{_plain(value)}" for key, value in row.items())
+                self._tensorboard.add_text(f"samples/{number}", text, row["step"])
+        if self._wandb is not None:
+            self._table += rows
+            self._log_table(TABLE_ROWS)
+
+    def _log_table(self, least: int) -> None:
+        """Sends the samples to W&B as a table once there are enough of them."""
+        import wandb
+
+        if len(self._table) >= least:
+            columns = list(self._table[0])
+            data = [[_encodable(row.get(key)) for key in columns] for row in self._table]
+            self._wandb.log(
+                {"step": self._table[-1]["step"], "samples": wandb.Table(columns, data)}
+            )
+            self._table = []
 
     def close(self) -> None:
         self._metrics.close()
         self._samples.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._wandb is not None:
+            self._log_table(1)
             self._wandb.finish()
 
 
@@ -117,7 +150,7 @@ class _NoWriter(Writer):
     def step(self, row: Mapping[str, Any]) -> None:
         pass
 
-    def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         pass
 
     def close(self) -> None:
@@ -127,6 +160,32 @@ class _NoWriter(Writer):
 def open_writer(workdir: Path, *, active: bool, **settings: Any) -> Writer:
     """A Writer in the process that writes, and in the others one that writes nothing."""
     return Writer(workdir, **settings) if active else _NoWriter()
+
+
+def _encodable(value: Any) -> Any:
+    """The same, with "?" for each half of a surrogate pair in a text."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+def _plain(value: Any) -> str:
+    """Markdown that shows a text as it is."""
+    return "\n".join("    " + line for line in _encodable(str(value)).splitlines())
+
+
+def _start_tensorboard(directory: Path, resume_step: int | None) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "config: 'metrics.tensorboard' needs the package tensorboardX, which is not installed; "
+            "run pip install 'prolong-jax[tensorboard]', or set it to False."
+        ) from error
+    for path in directory.glob("events.out.tfevents.*") if resume_step is None else ():
+        path.unlink()
+    # TensorBoard drops the numbers of the steps after the checkpoint; their texts stand there twice.
+    # The suffix tells apart two files of one second.
+    after = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(directory), purge_step=after, filename_suffix=f".{after or 0}")
 
 
 def _start_wandb(workdir: Path, mode: str, config: Mapping[str, Any]) -> Any:
@@ -160,7 +219,7 @@ class Progress:
         self._console = Console() if console is None else console
         self._live = Live(console=self._console, auto_refresh=False)
         self._step_s: deque[float] = deque(maxlen=20)
-        self._last_reset = ""
+        self._last = {"last reset": "none yet", "validation": "none yet"}
 
     def __enter__(self) -> "Progress":
         if self._console.is_terminal:
@@ -177,45 +236,70 @@ class Progress:
     def show(self, row: Mapping[str, Any]) -> None:
         """Shows one metrics row."""
         if row.get("reset"):
-            self._last_reset = f"last reset: {row['reset']}, after step {row['step'] - 1}"
+            self._last["last reset"] = f"{row['reset']}, after step {row['step'] - 1}"
         if row["step"] > 0:
             self._step_s.append(row.get("time/step_s", 0.0))
+        line = _validation_line(row)
+        if line:
+            self._last["validation"] = line.removeprefix("validation ")
         if self._console.is_terminal:
             self._live.update(self._view(row), refresh=True)
         elif row["step"] > 0:
             self.print(Text(_step_line(row, self._total)))
-        if line := _validation_line(row):
+        if line:
             self.print(Text(line))
 
     def _view(self, row: Mapping[str, Any]) -> RenderableType:
         left_s = sum(self._step_s) / max(1, len(self._step_s)) * (self._total - row["step"])
-        head = Table.grid(padding=(0, 2))
-        bar = ProgressBar(total=self._total, completed=row["step"], width=24)
-        left = f"{left_s // 60:.0f} min {left_s % 60:.0f} s left"
-        head.add_row(bar, left, Text(str(row.get("stage", "base"))))
-        return Group(head, Text(_step_line(row, self._total)), Text(self._last_reset))
+        (hours, minutes), seconds = divmod(int(left_s) // 60, 60), int(left_s) % 60
+        left = f"{hours} h {minutes} min left" if hours else f"{minutes} min {seconds} s left"
+        number = "" if row.get("stage_index") is None else f"{row['stage_index'] + 1}: "
+        bar = Table.grid(padding=(0, 2))
+        done = Text(f"{row['step']}/{self._total}")
+        drawn = ProgressBar(total=self._total, completed=row["step"], width=24)
+        bar.add_row(done, drawn, left if self._step_s else "")
+        facts = {
+            "stage": number + str(row.get("stage", "base model")),
+            "reward": _reward(row),
+            "policy": _numbers(row, POLICY),
+            "groups": _numbers(row, GROUPS),
+            "speed": _numbers(row, SPEED),
+        }
+        shown = Table.grid(padding=(0, 2))
+        shown.add_row("step", bar)
+        for label, text in (facts | self._last).items():
+            shown.add_row(label, Text(text))
+        return shown
+
+
+POLICY = (("entropy ", "update/entropy", ".2f", ""), ("kl ", "update/kl_ref", ".4f", ""))
+POLICY += (("len ", "response/len_mean", ".0f", ""),)
+GROUPS = (("kept ", "groups/kept", ".0f", ""), ("dead ", "groups/equal", ".0f", ""))
+SPEED = (("", "tokens/per_s", ",.0f", " tokens/s"), ("", "time/step_s", ".1f", " s/step"))
+
+
+def _numbers(row: Mapping[str, Any], wanted: Iterable[tuple[str, str, str, str]]) -> str:
+    """What the row has of some metrics: (words before, key, format, words after)."""
+    known = [entry for entry in wanted if row.get(entry[1]) is not None]
+    return "  ".join(f"{a}{row[key]:{form}}{b}" for a, key, form, b in known)
+
+
+def _reward(row: Mapping[str, Any]) -> str:
+    rewards = [(d, row.get(f"reward/{d}")) for d in DOMAINS]
+    each = " ".join(f"{d} {r:.2f}".replace(" 0.", " .") for d, r in rewards if r is not None)
+    return _numbers(row, [("", "reward/mean", ".2f", f" ({each})")])
 
 
 def _step_line(row: Mapping[str, Any], total: int) -> str:
     parts = [f"step {row['step']:>{len(str(total))}}/{total}"]
     if row.get("stage_index") is not None:
         parts.append(f"stage {row['stage_index'] + 1}")
-    rewards = [(d, row.get(f"reward/{d}")) for d in DOMAINS]
-    each = " ".join(f"{d} {r:.2f}".replace(" 0.", " .") for d, r in rewards if r is not None)
-    for label, key, form, after in (
-        ("reward ", "reward/mean", ".2f", f" ({each})"),
-        ("entropy ", "update/entropy", ".2f", ""),
-        ("kl ", "update/kl_ref", ".4f", ""),
-        ("len ", "response/len_mean", ".0f", ""),
-        ("kept ", "groups/kept", ".0f", ""),
-        ("dead ", "groups/equal", ".0f", ""),
-        ("", "time/step_s", ".1f", " s"),
-    ):
-        if row.get(key) is not None:
-            parts.append(f"{label}{row[key]:{form}}{after}")
-    notes = [f"[reset: {row['reset']}]"] if row.get("reset") else []
-    notes += ["[no update]"] if row.get("groups/kept") == 0 else []
-    return "  ".join(parts + notes)
+    reward = _reward(row)
+    parts += [f"reward {reward}"] if reward else []
+    parts.append(_numbers(row, POLICY + GROUPS + SPEED))
+    parts += [f"[reset: {row['reset']}]"] if row.get("reset") else []
+    parts += ["[no update]"] if row.get("groups/kept") == 0 else []
+    return "  ".join(part for part in parts if part)
 
 
 def _validation_line(row: Mapping[str, Any]) -> str:

@@ -21,7 +21,10 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
 
     return optax.chain(
         optax.clip_by_global_norm(settings.max_grad_norm),
-        optax.adamw(
+        # The state holds the learning rate of its last step, for the records.
+        optax.inject_hyperparams(
+            optax.adamw, static_args=("b1", "b2", "eps", "eps_root", "weight_decay")
+        )(
             schedule,
             b1=settings.b1,
             b2=settings.b2,
@@ -29,6 +32,12 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
             weight_decay=settings.weight_decay,
         ),
     )
+
+
+def learning_rate(opt_state: PyTree) -> Array:
+    """That of the last step; NaN where the state is not of an optimizer from `make_optimizer`."""
+    found = optax.tree.get_all_with_path(opt_state, "learning_rate")
+    return next((value for _, value in found if isinstance(value, jax.Array)), jnp.array(jnp.nan))
 
 
 def opt_state_shardings(

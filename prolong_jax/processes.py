@@ -172,7 +172,7 @@ class Timer:
     """Adds up seconds per phase: `with timer("sample"): ...`. A phase within another counts alone."""
 
     def __init__(self):
-        self.begin = time.monotonic()
+        self.begin, self.cpu_begin = time.monotonic(), time.process_time()
         self._seconds: dict[str, float] = {}
         self._spans: list[tuple[str, float, float]] = []
         self._inner = [0.0]  # seconds of the phases inside of each open one
@@ -223,17 +223,21 @@ def take_compilations() -> dict[str, float]:
     return taken
 
 
+def usage(timer: Timer) -> dict[str, float]:
+    """CPU seconds of this process since the timer began, and its resident memory in MB (10^6)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "time/cpu_s": time.process_time() - timer.cpu_begin,
+        "memory/rss_mb": pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
+    }
+
+
 def keep_compilations(directory: Path) -> None:
     """Keeps compiled programs in a directory, unless JAX_COMPILATION_CACHE_DIR names one."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         compilation_cache.reset_cache()  # it may be that of another workdir
         jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def resident_mb() -> float:
-    """Memory of this process that is in RAM, in 10^6 bytes (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,41 +1,54 @@
-"""A workdir as one HTML page that needs nothing else: python -m prolong_jax.report WORKDIR
+"""Workdirs as one HTML page that needs nothing else:
 
-Works during a run, after one that was killed, and without a network. Every text from the run is
-escaped, and the page allows no scripts.
+    python -m prolong_jax.report WORKDIR [WORKDIR...] [--out FILE]
+
+Works during a run, after one that was killed, and without a network; several runs are compared.
+Every text from a run is escaped, and the page allows its own script alone, which filters the
+responses.
 """
 
 import argparse
+import base64
+import hashlib
 import json
-import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prolong_jax.config import DOMAINS
+from prolong_jax.charts import Frame, Line, chart, text, timeline
+from prolong_jax.config import ASSETS, DOMAINS
 from prolong_jax.metrics import VALIDATION_SETS, read_rows
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 220, 50, 14, 28, 30  # of a chart and its margins
-MAX_POINTS = 400  # of a line; a longer one shows every n-th step
-MAX_SAMPLES, MAX_CHARS = 40, 4000
+MAX_SAMPLES, SAMPLE_BYTES = 1200, 2_500_000  # of a page
+MAX_CHARS = 4000  # of one text of a response
 PHASES = ("sample", "verify", "score", "update", "evaluate", "save")
 NAMES = {"easy_middle": "easy, middle", "hard": "hard", "all": "all levels"}
 
-CURVES = {  # title: metrics
+TRAINING = {  # title: metrics
     "Reward while training, raw, mean of 5 steps": [
         *(f"reward/{d}" for d in DOMAINS),
         "reward/mean",
     ],
     "Entropy, nats per token": ["update/entropy"],
     "KL to the reference, nats per token": ["update/kl_ref"],
+    "KL old to new policy, nats per token": ["update/kl_old"],
     "Response length, tokens": ["response/len_mean", "response/len_max"],
     "Ended by a stop token, share": ["response/terminated"],
     "Clipped, share of tokens": ["update/clip_fraction_low", "update/clip_fraction_high"],
+    "Ratio of new to old policy": ["update/ratio_min", "update/ratio_max"],
+    "Advantage": ["update/advantage_min", "update/advantage_std", "update/advantage_max"],
     "Groups per step": ["groups/kept", "groups/all_zero", "groups/all_one", "groups/surplus"],
     "Gradient norm, before clipping": ["update/grad_norm"],
+    "Learning rate": ["update/learning_rate"],
+}
+MACHINE = {
     "Time per step, seconds": [f"time/{phase}_s" for phase in PHASES],
+    "Generated tokens per second": ["tokens/per_s"],
+    "Resident memory of the process, MB": ["memory/rss_mb"],
+    "Time of a verdict, seconds": [f"time/verdict_{part}_s" for part in ("mean", "p95", "max")],
+    "Timeouts and faults of verifiers per step": ["verify/timeouts", "verify/errors"],
 }
 SHARES = ("reward/", "validation/", "response/terminated")  # drawn on an axis from 0 to 1
 SETTINGS = (
@@ -43,43 +56,6 @@ SETTINGS = (
     *("rollout.max_response_len", "rollout.temperature", "loss.clip_low", "loss.clip_high"),
     *("loss.kl_coef", "loss.kl_estimator", "optimizer.learning_rate", "update.num_minibatches"),
 )
-STYLE = """
-:root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #1d1f23; --soft: #63676f;
-  --line: #e3e4e8; --band: #f1f2f5; --mark: #b3261e; --part: #946200; --c0: #2468c9; --c1: #c2570c;
-  --c2: #12805c; --c3: #8b3fd1; --c4: #c72c78; }
-@media (prefers-color-scheme: dark) { :root { --page: #131417; --card: #1b1d21; --ink: #e8e9ec;
-  --soft: #a0a4ad; --line: #32353c; --band: #24272d; --mark: #ff8a80; --part: #e0b04c;
-  --c0: #6ea8ff; --c1: #f29a55; --c2: #4cc79a; --c3: #bd8cff; --c4: #ff7eb6; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 20px 16px 60px; max-width: 1240px; background: var(--page);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1, dd, pre { overflow-wrap: anywhere; } h1, h3, dd, dl { margin: 0; } h1 { font-size: 24px; }
-h2 { font-size: 18px; margin: 34px 0 8px; } h3 { font-size: 14px; } p { margin: 4px 0 10px; }
-p, dt, th { color: var(--soft); font-weight: normal; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px;
-  overflow-x: auto; }
-.grid, dl { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)) }
-dl { grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); } dt { font-size: 12px; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 4px 18px 4px 0 } tbody tr { border-top: 1px solid var(--line); }
-@media (max-width: 600px) { th, td { font-size: 13px; padding-right: 8px; } }
-@media (min-width: 601px) { th, td { white-space: nowrap; } }
-svg { display: block; width: 100%; font: 12px system-ui, sans-serif; }
-svg text { fill: var(--soft); text-anchor: middle; } svg .y { text-anchor: end; }
-.axis { stroke: var(--line); } .band { fill: none; } .band:nth-child(odd) { fill: var(--band); }
-.band { pointer-events: all; } .reset { stroke: var(--mark); stroke-dasharray: 3 3; }
-svg .no { fill: var(--mark); }
-.reach { stroke: transparent; stroke-width: 12; }
-.curve { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linejoin: round; }
-.dashed { stroke-dasharray: 4 3; } .range { fill: currentColor; opacity: .18; stroke: none; }
-.c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2, .good { color: var(--c2); }
-.c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--ink); stroke-width: 2.2; }
-.span { fill: var(--c0); opacity: .75; } .bad { color: var(--mark); } .part { color: var(--part); } circle { fill: currentColor; }
-.keys { display: flex; flex-wrap: wrap; gap: 0 12px; font-size: 12px; margin-bottom: 6px; }
-details + details, dl + details { border-top: 1px solid var(--line); }
-summary { cursor: pointer; padding: 6px 0; } pre { white-space: pre-wrap; font-size: 12.5px;
-  margin: 0 0 10px; padding: 8px; background: var(--band); border-radius: 6px; }
-"""
 
 
 @dataclass(frozen=True)
@@ -87,10 +63,11 @@ class Run:
     """What a workdir holds; `summary` is empty until the run is finished."""
 
     name: str
+    style: str  # of its lines where several runs are compared
     rows: list[dict[str, Any]]
     samples: list[dict[str, Any]]
-    config: dict[str, Any]
-    summary: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
 
     @property
     def last(self) -> int:
@@ -98,10 +75,19 @@ class Run:
 
     @property
     def resets(self) -> list[dict[str, Any]]:
-        """Step after which the reference was reset, reason, and whether the optimizer was too."""
+        """Step after which the reference was reset, why, and what else was reset (None: unknown)."""
         known = {r["step"]: r.get("optimizer") for r in self.summary.get("resets", [])}
-        marked = [(row["step"] - 1, row["reset"]) for row in self.rows if row.get("reset")]
-        return [{"step": s, "reason": why, "optimizer": known.get(s)} for s, why in marked]
+        return [
+            {
+                "step": row["step"] - 1,
+                "reason": str(row["reset"]),
+                "what": row.get("reset/what"),
+                "values": row.get("reset/values") or {},
+                "optimizer": known.get(row["step"] - 1),
+            }
+            for row in self.rows
+            if row.get("reset")
+        ]
 
     @property
     def stages(self) -> list[tuple[str, int, int]]:
@@ -135,18 +121,7 @@ class Run:
         return sorted(found.items())
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line of a chart: (step, value) with None for a gap; perhaps (step, low, high) around it."""
-
-    label: str
-    style: str
-    points: Sequence[tuple[int, float | None]]
-    ranges: Sequence[tuple[int, float, float]] = ()
-    notes: Sequence[str] = ()  # on the points, which are dots then
-
-
-def read_workdir(workdir: Path) -> Run:
+def read_workdir(workdir: Path, name: str = "", style: str = "c0") -> Run:
     """Reads what is there.
 
     Raises:
@@ -160,134 +135,83 @@ def read_workdir(workdir: Path) -> Run:
     samples, values = workdir / "samples.jsonl", []
     for path in (workdir / "config.json", workdir / "summary.json"):
         values.append(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
-    last = read_rows(samples, MAX_SAMPLES) if samples.is_file() else []
-    return Run(workdir.resolve().name, read_rows(workdir / "metrics.jsonl"), last, *values)
+    found = read_rows(samples, _clipped) if samples.is_file() else []
+    name = name if name else workdir.resolve().name
+    return Run(name, style, read_rows(workdir / "metrics.jsonl"), found, *values)
 
 
 # --- charts --------------------------------------------------------------------------------------
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers in [low, high]."""
-    rough = max((high - low) / count, 1e-12)
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = unit * next(m for m in (1, 2, 5, 10) if m * unit >= rough * 0.999)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), int(high / step + 1e-9) + 1)]
-
-
-def x_of(step: float, last: int) -> float:
-    return LEFT + (WIDTH - LEFT - RIGHT) * step / max(1, last)
-
-
-def y_of(value: float, low: float, high: float) -> float:
-    return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
-
-
-def chart(title: str, lines: Sequence[Line], run: Run, share: bool) -> str:
-    """A titled chart over the steps as HTML; "" where no line has a value."""
-    known = [(line, [v for _, v in line.points if v is not None]) for line in lines]
-    known = [(line, values) for line, values in known if values]
-    if not known:
-        return ""
-    values = [v for _, values in known for v in values]
-    values += [v for line in lines for _, *ends in line.ranges for v in ends]
-    low, high = min(0.0, *values), max(1.0, *values) if share else 1.06 * max(0.0, *values)
-    high = high if high > low else low + 1.0
-    keys = "".join(
-        f'<span class="{line.style}">{escape(line.label)} {values[-1]:.3g}</span>'
-        for line, values in known
-    )
-    drawn = "".join(_draw(line, run.last, low, high) for line, _ in known)
-    return (
-        f'<div class="card"><h3>{escape(title)}</h3><div class="keys">{keys}</div>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f"{_frame(run, low, high)}{drawn}{_resets(run)}</svg></div>"
-    )
-
-
-def _frame(run: Run, low: float, high: float) -> str:
-    """Stage bands, grid, axis labels."""
-    bottom, parts, labels = HEIGHT - BOTTOM, [], []
-    for number, (name, first, last) in enumerate(run.stages, 1):
-        x, end = x_of(first - 1, run.last), x_of(last, run.last)
-        note = f"<title>stage {number}: {escape(name)}, steps {first} to {last}</title>"
-        place = f'x="{x:.1f}" y="{TOP}" width="{end - x:.1f}" height="{bottom - TOP}"'
-        parts.append(f'<rect class="band" {place}>{note}</rect>')
-        label = escape(name if 6.8 * len(name) < end - x else str(number))
-        labels.append(f'<text x="{(x + end) / 2:.1f}" y="{TOP - 5}">{label}{note}</text>')
-    for value in ticks(low, high):
-        y = y_of(value, low, high)
-        parts.append(f'<path class="axis" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        labels.append(f'<text class="y" x="{LEFT - 6}" y="{y + 4:.1f}">{value:.4g}</text>')
-    for step in (s for s in ticks(0, run.last, 5) if s == int(s)):
-        place = f'x="{x_of(step, run.last):.1f}" y="{bottom + 15}"'
-        labels.append(f'<text class="tick" {place}>{step:g}</text>')
-    labels.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}">step</text>')
-    return f"<g>{''.join(parts)}</g>{''.join(labels)}"
-
-
-def _resets(run: Run) -> str:
-    """A numbered dashed line for every reset, with its reason as tooltip."""
-    parts = []
-    for number, reset in enumerate(run.resets, 1):
-        x = f"{x_of(reset['step'], run.last):.1f}"
-        note = f"reset {number}, after step {reset['step']}: {escape(str(reset['reason']))}"
-        ends = f'x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"'
-        parts.append(
-            f'<g><title>{note}</title><line class="reset" data-step="{reset["step"]}" {ends}/>'
-            f'<line class="reach" {ends}/><text class="no" x="{x}" y="11">{number}</text></g>'
+def frame(runs: Sequence[Run]) -> Frame:
+    """The axis of all charts; stages are shown of a single run only."""
+    last, many = max(run.last for run in runs), len(runs) > 1
+    marks = [
+        (
+            reset["step"],
+            str(number),
+            run.style if many else "mark",
+            f"{run.name + ': ' if many else ''}reset {number}, after step {reset['step']}: "
+            f"{reset['reason']}",
         )
-    return "".join(parts)
-
-
-def _draw(line: Line, last: int, low: float, high: float) -> str:
-    """The path of a line, its band and its dots."""
-
-    def at(step: float, value: float) -> str:
-        return f"{x_of(step, last):.1f} {y_of(value, low, high):.1f}"
-
-    path, pen, dots = "", "M", ""
-    for step, value in line.points[:: max(1, -(-len(line.points) // MAX_POINTS))]:
-        path += "" if value is None else pen + at(step, value)
-        pen = "M" if value is None else "L"
-    edge = [(s, hi) for s, _, hi in line.ranges] + [(s, lo) for s, lo, _ in line.ranges[::-1]]
-    band = f'<polygon class="range" points="{" ".join(at(*e) for e in edge)}"/>' if edge else ""
-    for (step, value), note in zip(line.points, line.notes, strict=False):
-        x, y = at(step, value or 0.0).split()
-        dots += f'<circle cx="{x}" cy="{y}" r="2.5"><title>{escape(note)}</title></circle>'
-    return f'<g class="{line.style}">{band}<path class="curve" d="{path}"/>{dots}</g>'
-
-
-def metric_chart(run: Run, title: str, metrics: Sequence[str]) -> str:
-    """The chart of an entry of CURVES."""
-    lines = []
-    for index, key in enumerate(metrics):
-        points = [(row["step"], row[key]) for row in run.rows if key in row and row["step"] > 0]
-        if key.startswith("reward/"):  # a domain has few prompts in a step
-            points = [(s, v) for s, v in points if v is not None]
-            last = [points[max(0, i - 4) : i + 1] for i in range(len(points))]
-            points = [(part[-1][0], sum(v for _, v in part) / len(part)) for part in last]
-        label = key.partition("/")[2].removesuffix("_s").replace("_", " ")
-        lines.append(Line(label, f"c{index}", points))
-    return chart(title, lines, run, metrics[0].startswith(SHARES))
-
-
-def validation_chart(run: Run, name: str) -> str:
-    """avg@k with its interval, and pass@k, of one set of held-out prompts."""
-    scores = [(step, table[name]) for step, table in run.evaluations if name in table]
-    average = [(step, s["avg_at_k"]) for step, s in scores]
-    ranges = [(step, *s["ci95"]) for step, s in scores]
-    notes = [
-        f"step {step}: {_interval(s)}, pass@{s['k']} {s['pass_at_k']:.3f}" for step, s in scores
+        for run in runs
+        for number, reset in enumerate(run.resets, 1)
     ]
-    ks = [s["k"] for _, s in scores]
-    k = max(ks, key=ks.count, default=0)  # pass@k compares only at one k, avg@k at any
-    solved = [(step, s["pass_at_k"]) for step, s in scores if s["k"] == k]
-    lines = [Line(f"pass@{k}", "c1 dashed", solved), Line("avg", "c0", average, ranges, notes)]
-    return chart(NAMES.get(name, name), lines, run, True)
+    return Frame(last, [] if many else runs[0].stages, marks)
 
 
-# --- tables and text -----------------------------------------------------------------------------
+def points(run: Run, key: str) -> list[tuple[int, float | None]]:
+    """A metric over the training steps; rewards as the mean of 5 steps, since a step has few prompts."""
+    found = [(row["step"], row[key]) for row in run.rows if key in row and row["step"] > 0]
+    if not key.startswith("reward/"):
+        return found
+    known = [(s, v) for s, v in found if v is not None]
+    last = [known[max(0, i - 4) : i + 1] for i in range(len(known))]
+    return [(part[-1][0], sum(v for _, v in part) / len(part)) for part in last]
+
+
+def metric_charts(runs: Sequence[Run], curves: Mapping[str, Sequence[str]]) -> str:
+    """A chart for each title, or, of several runs, for each metric with a line for each run."""
+    axis, drawn = frame(runs), []
+    for title, keys in curves.items():
+        labels = [key.partition("/")[2].removesuffix("_s").replace("_", " ") for key in keys]
+        labels = labels if len(keys) > 1 else ["last"]
+        share = keys[0].startswith(SHARES)
+        if len(runs) == 1:
+            lines = [
+                Line(label, f"c{i}", points(runs[0], key))
+                for i, (label, key) in enumerate(zip(labels, keys, strict=True))
+            ]
+            drawn.append(chart(title, lines, axis, share))
+            continue
+        for label, key in zip(labels, keys, strict=True):
+            lines = [Line(run.name, run.style, points(run, key)) for run in runs]
+            full = f"{title}: {label}" if len(keys) > 1 else title
+            drawn.append(chart(full, lines, axis, share))
+    return "".join(drawn)
+
+
+def validation_chart(runs: Sequence[Run], name: str) -> str:
+    """avg@k with its interval of one set of held-out prompts; of a single run, pass@k too."""
+    lines = []
+    for run in runs:
+        scores = [(step, table[name]) for step, table in run.evaluations if name in table]
+        average = [(step, s["avg_at_k"]) for step, s in scores]
+        ranges = [(step, *s["ci95"]) for step, s in scores]
+        notes = [
+            f"step {step}: {_interval(s)}, pass@{s['k']} {s['pass_at_k']:.3f}" for step, s in scores
+        ]
+        if len(runs) > 1:
+            lines.append(Line(run.name, run.style, average, ranges, notes))
+            continue
+        ks = [s["k"] for _, s in scores]
+        k = max(ks, key=ks.count, default=0)  # pass@k compares only at one k, avg@k at any
+        solved = [(step, s["pass_at_k"]) for step, s in scores if s["k"] == k]
+        lines += [Line(f"pass@{k}", "c1 dashed", solved), Line("avg", "c0", average, ranges, notes)]
+    return chart(NAMES.get(name, name), lines, frame(runs), True)
+
+
+# --- tables --------------------------------------------------------------------------------------
 
 
 def _interval(scores: Mapping[str, Any]) -> str:
@@ -295,165 +219,311 @@ def _interval(scores: Mapping[str, Any]) -> str:
     return f"{scores['avg_at_k']:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """An HTML table of cells that are HTML already."""
-    head = "".join(f"<th>{heading}</th>" for heading in headings)
-    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="card"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+def _table(
+    runs: Sequence[Run],
+    headings: Sequence[str],
+    rows_of: Callable[[Run], Iterable[Sequence[Any]]],
+) -> str:
+    """A table of the rows of all runs; of several, with the run in front.
+
+    Rows of different runs that begin alike stand together.
+    """
+    many = len(runs) > 1
+    found = [(run, list(row)) for run in runs for row in rows_of(run)]
+    firsts = {first: i for i, first in enumerate(dict.fromkeys(row[0] for _, row in found))}
+    body = ""
+    for run, row in sorted(found, key=lambda pair: firsts[pair[1][0]]):
+        name = [f'<td class="{run.style}">{text(run.name)}</td>'] if many else []
+        body += f"<tr>{''.join(name + [f'<td>{text(cell)}</td>' for cell in row])}</tr>"
+    head = "".join(f"<th>{text(h)}</th>" for h in (("run",) if many else ()) + tuple(headings))
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="card">{table}</div>' if body else ""
 
 
-def validation_table(run: Run) -> str:
+def overview(runs: Sequence[Run]) -> str:
+    def row(run: Run) -> list[Any]:
+        seconds = max((row.get("time_s") or 0.0 for row in run.rows), default=0.0)
+        tokens = sum(row.get("tokens/generated") or 0 for row in run.rows)
+        state = "finished" if run.is_finished else "not finished"
+        steps = f"step {run.last} of {run.config.get('total_steps', run.last)}"
+        counts = [f"{len(run.stages)} stages", f"{len(run.resets)} resets"]
+        return [state, steps, *counts, f"{seconds / 60:.1f} min", f"{tokens:,.0f} tokens generated"]
+
+    if len(runs) == 1:
+        return f"<p>{' · '.join(row(runs[0]))}</p>"
+    return _table(runs, ("", "", "", "", "", ""), lambda run: [row(run)])
+
+
+def validation_table(runs: Sequence[Run]) -> str:
     """Base -> final, or latest, per validation set: avg@k with its 95% interval, and pass@k."""
-    (_, base), (step, final) = run.evaluations[0], run.evaluations[-1]
-    rows = []
-    for name in (name for name in VALIDATION_SETS if name in base and name in final):
-        b, f = base[name], final[name]
-        gain = f"{f['avg_at_k'] - b['avg_at_k']:+.3f}"
-        solved = [f"{s['pass_at_k']:.3f} (k={s['k']})" for s in (b, f)]
-        averages = [_interval(s).replace(", ", ",&nbsp;") for s in (b, f)]
-        rows.append((NAMES.get(name, name), *averages, gain, *solved))
-    now = "final" if run.is_finished else f"step {step}"
+
+    def rows(run: Run) -> Iterable[Sequence[str]]:
+        if not run.evaluations:
+            return
+        (_, base), (step, final) = run.evaluations[0], run.evaluations[-1]
+        for name in (name for name in VALIDATION_SETS if name in base and name in final):
+            b, f = base[name], final[name]
+            gain = f"{f['avg_at_k'] - b['avg_at_k']:+.3f}"
+            solved = [f"{s['pass_at_k']:.3f} (k={s['k']})" for s in (b, f)]
+            averages = [_interval(s).replace(", ", ",\u00a0") for s in (b, f)]
+            yield (NAMES.get(name, name), *averages, gain, *solved, str(step))
+
+    now = "final" if all(run.is_finished for run in runs) else "latest"
     first, last = ((f"{name} avg@k", f"{name} pass@k") for name in ("base", now))
-    return _table(("", first[0], last[0], "gain", first[1], last[1]), rows)
+    headings = ("", first[0], last[0], "gain", first[1], last[1], f"{now} step")
+    return _table(runs, headings, rows)
 
 
-def resets_table(run: Run) -> str:
-    words = {True: "reset too", False: "kept", None: "known when the run is finished"}
-    rows = [
-        (str(i), str(r["step"]), escape(str(r["reason"])), words[r["optimizer"]])
-        for i, r in enumerate(run.resets, 1)
-    ]
-    return _table(("reset", "after step", "reason", "optimizer"), rows)
+def resets_table(runs: Sequence[Run]) -> str:
+    words = {True: "reference, optimizer", False: "reference", None: "reference, perhaps optimizer"}
+
+    def rows(run: Run) -> Iterable[Sequence[str]]:
+        for number, r in enumerate(run.resets, 1):
+            what = ", ".join(map(str, r["what"])) if r["what"] else words[r["optimizer"]]
+            values = ", ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in r["values"].items()
+            )
+            yield str(number), str(r["step"]), r["reason"], values, what
+
+    return _table(runs, ("reset", "after step", "reason", "values", "what was reset"), rows)
 
 
-def phases_table(run: Run) -> str:
+def phases_table(runs: Sequence[Run]) -> str:
     """Seconds of every phase, added up over the rows."""
-    spent = {p: sum(row.get(f"time/{p}_s") or 0.0 for row in run.rows) for p in PHASES}
-    spent |= run.summary["phases_s"] if run.is_finished else {}
-    total = sum(spent.values()) or 1.0
-    rows = [(escape(p), f"{s:.1f}", f"{100 * s / total:.1f}") for p, s in spent.items()]
-    return _table(("phase", "seconds", "% of all phases"), rows)
+
+    def rows(run: Run) -> Iterable[Sequence[str]]:
+        spent = {p: sum(row.get(f"time/{p}_s") or 0.0 for row in run.rows) for p in PHASES}
+        spent |= run.summary["phases_s"] if run.is_finished else {}
+        total = sum(spent.values()) or 1.0
+        return [(p, f"{s:.1f}", f"{100 * s / total:.1f}") for p, s in spent.items()]
+
+    return _table(runs, ("phase", "seconds", "% of all phases"), rows)
 
 
-def timeline(run: Run) -> str:
-    """When each phase of the last step with a timeline ran; overlapping ones on lines of their own."""
-    rows = [row for row in run.rows if row.get("timeline") and row.get("tokens/generated")]
-    if not rows:
+def verifiers_table(runs: Sequence[Run]) -> str:
+    """Verdicts of each verifier over the whole run, those of evaluations too."""
+
+    def rows(run: Run) -> Iterable[Sequence[str]]:
+        keys = {key for row in run.rows for key in row}
+        counted = (key.split("/") for key in keys if key.startswith("verify/"))
+        for name in sorted(parts[1] for parts in counted if parts[2:] == ["count"]):
+            of = [row for row in run.rows if row.get(f"verify/{name}/count")]
+            count, timeouts, errors = (
+                sum(row.get(f"verify/{name}/{part}") or 0 for row in of)
+                for part in ("count", "timeouts", "errors")
+            )
+            middle = sorted(row.get(f"time/verify_{name}_p50_s") or 0.0 for row in of)
+            slowest = max((row.get(f"time/verify_{name}_p99_s") or 0.0 for row in of), default=0.0)
+            median = middle[len(middle) // 2]
+            yield name, f"{count:,}", f"{median:.4f}", f"{slowest:.3f}", str(timeouts), str(errors)
+
+    headings = ("verifier", "verdicts", "seconds, median", "worst p99 of a step", "timeouts")
+    return _table(runs, (*headings, "faults"), rows)
+
+
+def settings(runs: Sequence[Run]) -> str:
+    """The settings that matter most, or those that differ between runs; and all, folded away."""
+    flat = {run.name: _flat(run.config) for run in runs}
+    keys = [key for key in SETTINGS if key in flat[runs[0].name]]
+    if len(runs) > 1:
+        keys = sorted({key for values in flat.values() for key in values})
+        keys = [k for k in keys if len({repr(values.get(k)) for values in flat.values()}) > 1]
+        differing = _table(
+            runs,
+            ("differing setting", "value"),
+            lambda run: [(key, flat[run.name].get(key, "")) for key in keys],
+        )
+        body = differing if keys else "<p>All settings are the same.</p>"
+    else:
+        facts = ((key, flat[runs[0].name][key]) for key in keys)
+        body = f"<dl>{''.join(f'<div><dt>{k}</dt><dd>{text(v)}</dd></div>' for k, v in facts)}</dl>"
+    for run in runs:
+        every = text(json.dumps(run.config, indent=1))
+        name = f" of {text(run.name)}" if len(runs) > 1 else ""
+        body += f"<details><summary>all settings{name}</summary><pre>{every}</pre></details>"
+    return f'<div class="card">{body}</div>' if any(flat.values()) else ""
+
+
+def _flat(config: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    if isinstance(config, list) and config and isinstance(config[0], dict):
+        config = {str(i): value for i, value in enumerate(config)}
+    if not isinstance(config, dict):
+        return {name: config}
+    dot = name + "." if name else ""
+    return {k: v for key, value in config.items() for k, v in _flat(value, dot + key).items()}
+
+
+# --- responses -----------------------------------------------------------------------------------
+
+
+def spread(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All samples, so ordered that any first part is spread over steps, domains and scores.
+
+    The samples of a domain and a kind of score (none, partial, full) are taken in bit-reversed
+    order from the newest on: each next one halves the widest gap. The cells take turns.
+    """
+    cells: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for sample in reversed(samples):
+        score = sample.get("score") or 0.0
+        cell = (str(sample.get("domain")), (score > 0) + (score >= 1))
+        cells.setdefault(cell, []).append(sample)
+    ranked = []
+    for cell in cells.values():
+        bits = max(1, (len(cell) - 1).bit_length())
+        order = sorted(range(len(cell)), key=lambda i: f"{i:0{bits}b}"[::-1])
+        ranked += [(rank, cell[index]) for rank, index in enumerate(order)]
+    return [sample for _, sample in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def sample_browser(runs: Sequence[Run]) -> str:
+    """Responses with their verdicts, newest first, and the form that filters them."""
+    parts, domains, total = [], set(), sum(len(run.samples) for run in runs)
+    for run in runs:
+        left = SAMPLE_BYTES // len(runs)
+        for sample in spread(run.samples)[: MAX_SAMPLES // len(runs)]:
+            html = _sample(sample, run, len(runs) > 1)
+            left -= len(html.encode("utf-8", errors="replace"))
+            if left < 0:
+                break
+            domains.add(str(sample.get("domain", "")))
+            parts.append((-sample.get("step", 0), html))
+    if not parts:
         return ""
-    spans, step = rows[-1]["timeline"], rows[-1]["step"]
-    end = max(stop for *_, stop in spans) or 1.0
-    names = list(dict.fromkeys(name for name, *_ in spans))
-    height, scale = 22 * len(names) + 24, (WIDTH - 90 - RIGHT) / end
-    parts = []
-    for line, name in enumerate(names):
-        y = 22 * line + 4
-        parts.append(f'<text class="y" x="84" y="{y + 13}">{escape(name)}</text>')
-        for _, start, stop in (span for span in spans if span[0] == name):
-            place = f'x="{90 + scale * start:.1f}" width="{max(1.0, scale * (stop - start)):.1f}"'
-            note = f"<title>{escape(name)}: {start:.2f} to {stop:.2f} s</title>"
-            parts.append(f'<rect class="span" {place} y="{y}" height="16">{note}</rect>')
-    for value in ticks(0.0, end):
-        x = 90 + scale * value
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 4}">{value:g} s</text>')
+    fields = {"domain": {name: name for name in sorted(domains)}}
+    fields["score"] = {"full": "1", "part": "between 0 and 1", "none": "0"}
+    if len(runs) > 1:
+        fields["run"] = {run.name: run.name for run in runs}
+    form = "".join(
+        f'<label>{name} <select name="{name}"><option value="">all</option>'
+        + "".join(f'<option value="{text(v)}">{text(t)}</option>' for v, t in options.items())
+        + "</select></label>"
+        for name, options in fields.items()
+    )
+    form += "".join(
+        f'<label>{word} <input name="{name}" type="number" min="0"></label>'
+        for word, name in (("from step", "first"), ("to step", "last"))
+    )
+    form = f'<form id="filters" hidden>{form}<button type="reset">show all</button>'
+    chosen = (
+        f"{len(parts)} of the {total} recorded responses, spread over steps, domains and scores"
+    )
+    chosen = f"All {total} recorded responses" if len(parts) == total else chosen
+    listed = "".join(html for _, html in sorted(parts, key=lambda part: part[0]))
     return (
-        f'<div class="card"><h3>Timeline of step {step}; workers: verification, from the first '
-        f'response to the last verdict</h3><svg viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="timeline of a step">{"".join(parts)}</svg></div>'
+        f"<p>{chosen}, newest first; samples.jsonl in the workdir has them in full.</p>"
+        f'<div class="card">{form}<span id="shown"></span></form><div id="samples">{listed}</div>'
+        "</div>"
     )
 
 
-def sample_browser(run: Run) -> str:
-    """The last responses with their verdicts, newest first."""
-    parts = []
-    for sample in reversed(run.samples):
-        score = sample.get("score") or 0.0
-        style = "good" if score >= 1 else "bad" if score <= 0 else "part"
-        keys = ("step", "domain", "level", "status", "advantage")
-        values = [(key, sample[key]) for key in keys if sample.get(key) is not None]
-        facts = " · ".join(f"{k} {v:+.2f}" if type(v) is float else f"{k} {v}" for k, v in values)
-        facts += "" if sample.get("stopped", True) else " · not ended"
-        texts = [
-            (key, str(sample[key])) for key in ("prompt", "response", "detail") if sample.get(key)
-        ]
-        blocks = "".join(f"<b>{key}</b><pre>{_clipped(text)}</pre>" for key, text in texts)
-        head = f'<summary><b class="{style}">{score:.2f}</b> {escape(facts)}</summary>'
-        parts.append(f"<details>{head}{blocks}</details>")
-    return f'<div class="card">{"".join(parts)}</div>'
+def _sample(sample: Mapping[str, Any], run: Run, named: bool) -> str:
+    score = sample.get("score") or 0.0
+    style = "good" if score >= 1 else "bad" if score <= 0 else "part"
+    keys = ("step", "domain", "level", "status", "advantage")
+    values = [(key, sample[key]) for key in keys if sample.get(key) is not None]
+    facts = " · ".join(f"{k} {v:+.2f}" if type(v) is float else f"{k} {v}" for k, v in values)
+    facts = f"{run.name} · {facts}" if named else facts
+    facts += "" if sample.get("stopped", True) else " · not ended"
+    data = {key: sample.get(key, "") for key in ("domain", "step")}
+    data = "".join(f' data-{k}="{text(v)}"' for k, v in (data | {"run": run.name}).items())
+    texts = [(key, str(sample[key])) for key in ("prompt", "response", "detail") if sample.get(key)]
+    blocks = "".join(f"<b>{key}</b><pre>{text(value)}</pre>" for key, value in texts)
+    head = f'<summary><b class="{style}">{score:.2f}</b> {text(facts)}</summary>'
+    return f'<details{data} data-score="{score}">{head}{blocks}</details>'
 
 
-def _clipped(text: str) -> str:
-    """Escaped, without the middle of a long text."""
-    cut, half = len(text) - MAX_CHARS, MAX_CHARS // 2
-    if cut > 0:
-        text = f"{text[:half]}\n[... {cut} characters ...]\n{text[-half:]}"
-    return escape(text)
+def _clipped(sample: dict[str, Any]) -> dict[str, Any]:
+    """The sample without the middle of long texts."""
+    half = MAX_CHARS // 2
+    for key, value in sample.items():
+        cut = len(value) - MAX_CHARS if isinstance(value, str) else 0
+        if cut > 0:
+            sample[key] = f"{value[:half]}\n[... {cut} characters ...]\n{value[-half:]}"
+    return sample
 
 
-def settings(run: Run) -> str:
-    """The settings that matter most, and all of them folded away."""
-    facts = ""
-    for key in SETTINGS:
-        value: Any = run.config
-        for part in key.split("."):
-            value = value.get(part, {})
-        facts += f"<div><dt>{key}</dt><dd>{escape(str(value))}</dd></div>" if value != {} else ""
-    every = escape(json.dumps(run.config, indent=1))
-    every = f"<details><summary>all settings</summary><pre>{every}</pre></details>"
-    return f'<div class="card"><dl>{facts}</dl>{every}</div>'
+# --- the page ------------------------------------------------------------------------------------
 
 
-def page(run: Run) -> str:
+def last_timeline(run: Run) -> str:
+    """When each phase of the last step with a timeline ran."""
+    rows = [row for row in run.rows if row.get("timeline") and row.get("tokens/generated")]
+    title = (
+        "Timeline of step {}; workers: verification, from the first response to the last verdict"
+    )
+    return timeline(title.format(rows[-1]["step"]), rows[-1]["timeline"]) if rows else ""
+
+
+def page(runs: Sequence[Run]) -> str:
     """The page as HTML."""
-    total = run.config.get("total_steps", run.last)
-    state = "finished" if run.is_finished else "not finished"
-    seconds = max((row.get("time_s") or 0.0 for row in run.rows), default=0.0)
-    tokens = sum(row.get("tokens/generated") or 0 for row in run.rows)
-    facts = f"{state}: step {run.last} of {total} · {len(run.stages)} stages · {len(run.resets)} "
-    facts += f"resets · {seconds / 60:.1f} min · {tokens:,.0f} tokens generated while training"
-    sets = "".join(validation_chart(run, name) for name in VALIDATION_SETS)
-    curves = "".join(metric_chart(run, title, metrics) for title, metrics in CURVES.items())
+    sets = "".join(validation_chart(runs, name) for name in VALIDATION_SETS)
+    times = phases_table(runs) if any(run.rows for run in runs) else ""
+    times += last_timeline(runs[0]) if len(runs) == 1 else ""
     sections = {
-        "Base to final": validation_table(run) if run.evaluations else "",
-        "Validation": sets and f'<div class="grid">{sets}</div>',
-        "Training": curves and f'<div class="grid">{curves}</div>',
-        "Resets of the reference": resets_table(run) if run.resets else "",
-        "Where the time went": phases_table(run) + timeline(run) if run.rows else "",
-        "Responses": sample_browser(run) if run.samples else "",
-        "Settings": settings(run) if run.config else "",
+        "Base to final": validation_table(runs),
+        "Validation": _grid(sets),
+        "Training": _grid(metric_charts(runs, TRAINING)),
+        "Resets": resets_table(runs),
+        "Speed, memory and verifiers": _grid(metric_charts(runs, MACHINE)),
+        "Verifiers": verifiers_table(runs),
+        "Where the time went": times,
+        "Responses": sample_browser(runs),
+        "Settings": settings(runs),
     }
     body = "".join(f"<h2>{title}</h2>{html}" for title, html in sections.items() if html)
+    style, script = ((ASSETS / f"report.{end}").read_text("utf-8") for end in ("css", "js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    allowed = f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    allowed = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
+    name = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    bands = ", bands are stages" if len(runs) == 1 else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{escape(run.name)}: prolonged RL</title><style>{STYLE}</style></head><body>"
-        f"<h1>{escape(run.name)}</h1><p>{facts}. Numbered dashed lines are resets of the "
-        "reference, bands are stages; pointing at them, or at a dot, tells more. The numbers above "
-        f"a chart are the last ones.</p>{body}</body></html>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{allowed}">'
+        f"<title>{text(name)}: prolonged RL</title><style>{style}</style></head><body>"
+        f"<h1>{text(name)}</h1>{overview(runs)}<p>Numbered dashed lines are resets{bands}; "
+        "pointing at them, or at a dot, tells more. The numbers above a chart are the last ones.</p>"
+        f"{body}<script>{script}</script></body></html>\n"
     )
 
 
-def write_report(workdir: str | Path) -> Path:
-    """Writes report.html into a workdir, finished or not, and returns its path.
+def _grid(charts: str) -> str:
+    return charts and f'<div class="grid">{charts}</div>'
+
+
+def write_report(*workdirs: str | Path, out: Path | None = None) -> Path:
+    """Writes the page of one or more runs, finished or not, and returns its path.
+
+    Args:
+      workdirs: of the runs.
+      out: where to; by default report.html in the first workdir.
 
     Raises:
-      ValueError: the directory has no metrics.jsonl.
+      ValueError: a directory has no metrics.jsonl.
     """
-    path = Path(workdir) / "report.html"
-    path.write_bytes(page(read_workdir(Path(workdir))).encode("utf-8", errors="replace"))
-    return path
+    paths = [Path(workdir) for workdir in workdirs]
+    names = [path.resolve().name for path in paths]
+    names = names if len(set(names)) == len(names) else [str(path) for path in paths]
+    styles = [f"c{i % 5}" + " dashed" * (i >= 5) for i in range(len(paths))]
+    runs = [read_workdir(*parts) for parts in zip(paths, names, styles, strict=True)]
+    out = out if out is not None else paths[0] / "report.html"
+    out.write_bytes(page(runs).encode("utf-8", errors="replace"))
+    return out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m prolong_jax.report")
-    parser.add_argument("workdir", type=Path)
+    parser.add_argument(
+        "workdir", type=Path, nargs="+", help="of one run, or of several to compare"
+    )
+    parser.add_argument("--out", type=Path, help="the page; report.html in the first workdir")
     try:
-        print(write_report(parser.parse_args(argv).workdir))
-    except ValueError as error:
+        args = parser.parse_args(argv)
+        print(write_report(*args.workdir, out=args.out))
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 _GIB = 2**30
 
@@ -34,6 +35,10 @@ DEVICES: Mapping[str, Device] = {
     "h100": Device(989.4e12, 80e9, 3350e9, 450e9, "https://www.nvidia.com/en-us/data-center/h100"),
     "h200": Device(989.4e12, 141e9, 4800e9, 450e9, "https://www.nvidia.com/en-us/data-center/h200"),
 }
+
+# The name that JAX gives a chip begins with one of these; the first that fits counts.
+KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p"}
+KINDS |= {"TPU v6 lite": "v6e", "TPU v6e": "v6e", "NVIDIA H100": "h100", "NVIDIA H200": "h200"}
 
 COLLECTIVES = "all-gather reduce-scatter all-reduce all-to-all collective-permute".split()
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "token": 0, "opaque": 0}
@@ -81,6 +86,18 @@ class Demand:
     collectives: Mapping[str, Collective] = field(default_factory=dict)
     bytes: float = 0  # read from and written to memory
     loops_counted_once: int = 0  # loops whose trip count XLA does not know
+
+
+def utilisation(row: Mapping[str, Any], kind: str, count: int) -> dict[str, float]:
+    """`mfu` of a metrics row with an update: the share of the peak of `count` chips.
+
+    `kind` is the `device_kind` of JAX; nothing where its peak is not known.
+    """
+    name = next((name for prefix, name in KINDS.items() if kind.startswith(prefix)), None)
+    if name is None or "update/flops_per_token" not in row:
+        return {}
+    flops = row["update/flops_per_token"] * row["tokens/trained"]
+    return {"mfu": flops / (row["time/update_s"] * count * DEVICES[name].flops)}
 
 
 def shape_bytes(shape: str) -> int:

@@ -41,7 +41,7 @@ from prolong_jax.groups import (
     sample_rows,
     statistics,
 )
-from prolong_jax.host import Host, report_row
+from prolong_jax.host import Host, combined, report_row
 from prolong_jax.mesh import make_mesh
 from prolong_jax.metrics import Progress, Writer, final_table, open_writer
 from prolong_jax.models.decoder import Model, for_training, sampling_copy
@@ -139,14 +139,8 @@ def train_step(
 
     host.samples += sum(len(group.tokens) for group in sampled)
     host.generated_tokens += sum(len(t) for group in sampled for t in group.tokens)
-    for metrics in updates:
-        skipped = metrics["update/skipped_nonfinite"] > 0
-        host.skipped_in_a_row = host.skipped_in_a_row + 1 if skipped else 0
-    row = statistics(kept, sampled, len(host.cursor.surplus)) | {
-        name: float(np.mean([m[name] for m in updates])) for name in (updates or [{}])[0]
-    }
-    if updates:
-        row["update/first_ratio_deviation"] = float(updates[0]["update/ratio_deviation"])
+    host.count_skipped(updates)
+    row = statistics(kept, sampled, len(host.cursor.surplus)) | combined(updates)
     row |= {"stage": stage.name, "stage_index": host.progress.stage}
     return state, row, sampled
 

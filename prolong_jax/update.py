@@ -5,7 +5,7 @@ an argument of the compiled programs, so that one compilation serves every step.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import jax
@@ -15,11 +15,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prolong_jax.config import LossSettings
-from prolong_jax.losses import grpo_loss
+from prolong_jax.losses import grpo_loss, importance_ratio
 from prolong_jax.masked import divide, token_mean
 from prolong_jax.mesh import ROW_AXES, ROWS, put
 from prolong_jax.models.attention import Packed
 from prolong_jax.models.decoder import Model
+from prolong_jax.optimizer import learning_rate
 from prolong_jax.types import Array, Batch, Mean, PyTree, TrainState
 
 
@@ -70,19 +71,24 @@ def make_score(
 
 def _local_sums(
     loss: LossSettings, logp_BT: Array, entropy_BT: Array, rows: Batch
-) -> tuple[Mean, dict[str, Mean]]:
-    """The objective and its statistics, summed over the rows of all devices."""
-    total, statistics = grpo_loss(
-        logp_BT,
-        rows,
-        clip_low=loss.clip_low,
-        clip_high=loss.clip_high,
-        kl_coef=loss.kl_coef,
-        kl_estimator=loss.kl_estimator,
-        tis_cap=loss.tis_cap,
-    )
+) -> tuple[tuple[Mean, dict[str, Mean]], dict[str, Array]]:
+    """The objective and its statistics, summed over the rows of all devices; and their maxima."""
+    total, statistics = grpo_loss(logp_BT, rows, **asdict(loss))
     statistics["entropy"] = token_mean(entropy_BT, rows.mask)
-    return jax.lax.psum((total, statistics), ROW_AXES)
+    ratio_BT = importance_ratio(jax.lax.stop_gradient(logp_BT), rows.old_logp)
+    highest = {"ratio_max": ratio_BT, "ratio_min": 1.0 / ratio_BT}
+    highest |= {"advantage_max": rows.advantage, "advantage_min": -rows.advantage}
+    # Maxima start at 0, which none is below: the advantages of a group add up to 0.
+    highest = {k: jnp.where(rows.mask, x_BT, 0.0).max() for k, x_BT in highest.items()}
+    return jax.lax.psum((total, statistics), ROW_AXES), jax.lax.pmax(highest, ROW_AXES)
+
+
+def _divided(total: Mean, sums: dict[str, Mean], highest: dict[str, Array]) -> dict[str, Array]:
+    """The metrics that the sums and maxima of `_local_sums` stand for."""
+    means = {"loss": divide(total)} | {name: divide(mean) for name, mean in sums.items()}
+    variance = means.pop("advantage_square") - jnp.square(means["advantage"])
+    least = {"ratio_min": 1 / highest["ratio_min"], "advantage_min": -highest["advantage_min"]}
+    return means | highest | least | {"advantage_std": jnp.sqrt(jnp.maximum(variance, 0.0))}
 
 
 def make_update(
@@ -111,21 +117,23 @@ def make_update(
         logp_BT, entropy_BT = token_logprobs(model, params, rows, temperature, grads)
         if on_policy:
             rows = replace(rows, old_logp=jax.lax.stop_gradient(logp_BT))
-        total, statistics = global_sums(logp_BT, jax.lax.stop_gradient(entropy_BT), rows)
-        return total.total, (total, statistics)
+        means, highest = global_sums(logp_BT, jax.lax.stop_gradient(entropy_BT), rows)
+        return means[0].total, (means, highest)
 
     gradient = jax.grad(objective, has_aux=True)
 
     def update(state: TrainState, batch: Batch, num_micro_batches: Array):
         def added(index, sums):
-            grads, means = sums
-            found = gradient(state.params, _micro_batch(batch, index), grads)
+            grads, (means, highest) = sums
+            found, (more, higher) = gradient(state.params, _micro_batch(batch, index), grads)
             grads = grads | {model.head_name: _zeros(grads[model.head_name])}  # in `found` already
-            return jax.tree.map(jnp.add, (grads, means), found)
+            grads, means = jax.tree.map(jnp.add, (grads, means), (found, more))
+            return grads, (means, jax.tree.map(jnp.maximum, highest, higher))
 
         first = _micro_batch(batch, jnp.int32(0))
         start = _zeros(jax.eval_shape(gradient, state.params, first, state.params))
-        grads, (total, statistics) = jax.lax.fori_loop(0, num_micro_batches, added, start)
+        grads, aux = jax.lax.fori_loop(0, num_micro_batches, added, start)
+        (total, statistics), highest = aux
         grads = jax.tree.map(lambda g: g / jnp.maximum(total.weight, 1.0), grads)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -134,8 +142,9 @@ def make_update(
         )
         finite = jnp.isfinite(norm)
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
-        metrics = {"loss": divide(total)} | {k: divide(v) for k, v in statistics.items()}
-        metrics["grad_norm"] = norm
+        metrics = _divided(total, statistics, highest) | {"grad_norm": norm}
+        metrics["learning_rate"] = learning_rate(opt_state)
+        metrics["flops_per_token"] = jnp.float32(6.0 * optax.tree.size(state.params))
         metrics["skipped_nonfinite"] = (~finite).astype(jnp.float32)
         return state, {f"update/{name}": value for name, value in metrics.items()}
 

@@ -27,6 +27,7 @@ LAYERS = (
         "advantages",
         "verifiers",
         "roofline",
+        "charts",
     ),
     ("losses", "optimizer", "models", "data", "next_token", "slots", "stages"),
     ("packing",),
@@ -43,6 +44,7 @@ ONLY_IN = {
     "flax": ("models",),
     "orbax": ("checkpoint",),
     "wandb": ("metrics",),
+    "tensorboardX": ("metrics",),
 }
 JAX_FREE = ("verifiers", "data")
 JAX_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax"}
@@ -356,7 +358,7 @@ PLANTED = [
     ("update", WIDE, "9 arguments"),
     ("update", DEEP, "nests 4 levels"),
     ("losses", "x = 1\n" * 1801, "core files have 1801"),
-    ("evaluate", "x = 1\n" * 12501, "package has 12501"),
+    ("evaluate", "x = 1\n" * (MAX_PACKAGE_LINES + 1), f"package has {MAX_PACKAGE_LINES + 1}"),
 ]
 
 

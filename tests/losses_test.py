@@ -95,7 +95,8 @@ def loop_objective(logp_BT, batch, kl_estimator):
         count += 1
         record(policy_loss=-weight * surrogate, kl_loss=kl_loss, tis_weight=weight, ratio=ratio)
         record(ratio_deviation=abs(ratio - 1), kl_ref=loop_kl("k3", logp, ref_logp))
-        record(kl_old=ratio - 1 - math.log(ratio))
+        record(kl_old=ratio - 1 - math.log(ratio), tis_capped=weight == SETTINGS["tis_cap"])
+        record(advantage=advantage, advantage_square=advantage**2)
         if ratio < low and advantage < 0:
             record(clip_fraction_low=1)
         if ratio > high and advantage > 0:

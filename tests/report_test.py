@@ -1,9 +1,12 @@
+import base64
+import hashlib
 import json
 import re
+import shutil
 
 import pytest
 
-from prolong_jax import report
+from prolong_jax import charts, report
 
 
 def scores(average):
@@ -75,7 +78,14 @@ def test_the_page_stands_alone_and_is_small(workdir):
     html = page(workdir)
     assert not re.search(r"(src|href)\s*=", html) and "@import" not in html
     assert not re.search(r"https?://", html.replace("http-equiv", ""))
-    assert "<script" not in html and len(html) < 500_000
+    assert html.count("<script") == 1 and len(html) < 500_000
+    script = html.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (allowed,) = re.findall(r'Content-Security-Policy" content="(.*?)"', html)
+    assert allowed == (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def test_the_timeline_is_that_of_the_last_step_and_to_scale(workdir):
@@ -97,7 +107,7 @@ def test_the_timeline_is_that_of_the_last_step_and_to_scale(workdir):
 def test_responses_are_escaped(workdir):
     html = page(workdir)
     assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; more" in html
-    assert html.count("<details><summary><b class=") == report.MAX_SAMPLES
+    assert html.count('<summary><b class="good">') == 60
 
 
 def test_resets_are_marked_where_they_happened(workdir):
@@ -112,20 +122,28 @@ def test_resets_are_marked_where_they_happened(workdir):
         found = re.search(rf'data-step="{step}" x1="([\d.]+)" x2="([\d.]+)"', entropy)
         assert found and [float(end) for end in found.groups()] == pytest.approx([x, x], abs=0.11)
     assert "reset 2, after step 75: plateau" in html
-    assert "<td>plateau</td><td>kept</td>" in html
+    assert "<td>plateau</td><td></td><td>reference</td>" in html
+
+
+def test_what_a_reset_says_of_itself_is_shown(workdir):
+    rows = [{"step": 1, "reset": "KL <b>", "reset/values": {"kl": 0.123456, "limit": 0.1}}]
+    rows[0]["reset/what"] = ["reference", "<i>"]
+    write_rows(workdir / "metrics.jsonl", rows)
+    cells = ("1", "0", "KL &lt;b&gt;", "kl 0.1235, limit 0.1", "reference, &lt;i&gt;")
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in page(workdir)
 
 
 def test_base_and_final_numbers(workdir):
     finish(workdir)
     html = page(workdir)
-    assert "finished: step 100 of 100" in html
-    for part in ("0.250 [0.", "0.812 [0.7", "+0.562", "0.900 (k=16)", "75.0"):
+    assert "<p>finished · step 100 of 100 · 2 stages · 2 resets · 1.7 min" in html
+    for part in ("0.250 [0.", "0.812 [0.7", "+0.562", "0.900 (k=16)", "75.0", "final avg@k"):
         assert part in html
 
 
 def test_an_unfinished_run_is_shown_as_far_as_it_is(workdir):
     html = page(workdir)
-    assert "not finished: step 100 of 100" in html and "+0.500" in html
+    assert "not finished · step 100 of 100" in html and "+0.500" in html
 
 
 def test_a_summary_of_an_earlier_end_is_not_taken_for_the_final_one(workdir):
@@ -133,15 +151,15 @@ def test_a_summary_of_an_earlier_end_is_not_taken_for_the_final_one(workdir):
     with open(workdir / "metrics.jsonl", "a") as file:  # the run is prolonged
         file.write(json.dumps({"step": 101, "reset": "schedule"}) + "\n")
     html = page(workdir)
-    assert "not finished: step 101 of 100" in html and "0.812 [0.7" not in html
-    assert "<td>schedule</td><td>known when the run is finished</td>" in html
+    assert "not finished · step 101 of 100" in html and "0.812 [0.7" not in html
+    assert "<td>schedule</td><td></td><td>reference, perhaps optimizer</td>" in html
 
 
 def test_pass_at_different_k_is_not_joined_by_a_line(workdir):
     finish(workdir)  # k is 4 during the run, 16 at its end
     run = report.read_workdir(workdir)
     dashed = re.search(
-        r'c1 dashed"><path class="curve" d="(.*?)"', report.validation_chart(run, "all")
+        r'c1 dashed"><path class="curve" d="(.*?)"', report.validation_chart([run], "all")
     )
     assert dashed and len(re.findall("[ML]", dashed.group(1))) == 5  # steps 0, 20, 40, 60, 80
 
@@ -151,7 +169,7 @@ def test_a_run_without_rows_or_with_odd_text_is_shown(workdir):
     assert "[... 5002 characters ...]" in page(workdir)
     (workdir / "metrics.jsonl").write_text("")
     (workdir / "samples.jsonl").write_text("")
-    assert "not finished: step 0 of 100" in page(workdir)
+    assert "not finished · step 0 of 100" in page(workdir)
 
 
 def test_a_gap_where_a_value_is_not_finite(workdir):
@@ -159,6 +177,59 @@ def test_a_gap_where_a_value_is_not_finite(workdir):
     write_rows(workdir / "metrics.jsonl", rows)
     path = re.search(r'class="curve" d="(.*?)"', page(workdir))
     assert path and re.findall("[ML]", path.group(1)) == ["M", "M", "L"]
+
+
+def test_a_long_line_keeps_its_extremes():
+    points = [(s, 100.0 if s == 777 else None if s % 7 == 0 else s % 5) for s in range(3000)]
+    drawn = list(charts._thinned(points))
+    assert len(drawn) <= charts.MAX_POINTS and (777, 100.0) in drawn
+    assert drawn == sorted(drawn) and set(drawn) <= set(points)
+    assert list(charts._thinned(points[:400])) == points[:400]
+
+
+def test_any_first_part_of_the_samples_is_spread():
+    samples = [
+        {"step": s, "domain": ("math", "code")[s % 50 == 0], "score": (0.0, 0.5, 1.0)[s // 7 % 3]}
+        for s in range(1, 6001)
+    ]
+    first = report.spread(samples)[:60]
+    assert len(report.spread(samples)) == 6000 and samples[-1] in first
+    for domain in ("math", "code"):
+        for score in (0.0, 0.5, 1.0):
+            steps = [s["step"] for s in first if (s["domain"], s["score"]) == (domain, score)]
+            assert 8 <= len(steps) <= 12
+            edges = [0, *sorted(steps), 6000]
+            assert max(b - a for a, b in zip(edges[:-1], edges[1:], strict=True)) < 1300
+
+
+def test_long_responses_stay_within_the_budget_of_a_page(workdir):
+    sample = {"step": 1, "domain": "math", "prompt": "'" * 9000, "response": "<" * 9000}
+    write_rows(workdir / "samples.jsonl", [sample | {"step": s} for s in range(1, 500)])
+    html = page(workdir)
+    assert report.SAMPLE_BYTES * 0.9 < len(html) < report.SAMPLE_BYTES + 200_000
+    assert re.search(r"<p>\d\d of the 499 recorded responses, spread over", html)
+
+
+def test_several_runs_are_compared(workdir, tmp_path_factory, capsys):
+    finish(workdir)
+    other = tmp_path_factory.mktemp("other") / workdir.name  # the same name elsewhere
+    shutil.copytree(workdir, other)
+    config = {"total_steps": 100, "loss": {"kl_coef": 0.25}, "stages": [{"name": "x"}]}
+    (other / "config.json").write_text(json.dumps(config))
+    out = other / "both.html"
+    assert report.main([str(workdir), str(other), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n" and not (workdir / "report.html").exists()
+    html = out.read_text()
+    for run, style in ((workdir, "c0"), (other, "c1")):
+        cells = f'<td class="{style}">{run}</td><td>all levels</td><td>0.250'
+        assert cells in html and f'<span class="{style}">{run} 0.3</span>' in html
+        assert f'<option value="{run}">' in html
+    assert f">{workdir}</td><td>loss.kl_coef</td><td>0.5</td>" in html
+    assert f">{other}</td><td>loss.kl_coef</td><td>0.25</td>" in html
+    assert "<td>stages.0.name</td><td>x</td>" in html and "<td>total_steps</td>" not in html
+    assert html.count('class="reset" data-step="40"') == 2 * html.count("<svg ")
+    assert report.main([str(workdir), str(other)]) == 0
+    assert (workdir / "report.html").exists()
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path, capsys):

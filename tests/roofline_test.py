@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from prolong_jax import roofline
 from prolong_jax.roofline import DEVICES, demand, floors, group_size, sent_bytes, shape_bytes
 
 BY_X = P("x")
@@ -170,3 +171,16 @@ def test_floors():
     v5e = DEVICES["v5e"]
     assert floors(v5e, 197e12, 819e9, 200e9) == {"compute": 1.0, "memory": 1.0, "network": 1.0}
     assert floors(v5e, 394e12, 0, 50e9) == {"compute": 2.0, "memory": 0.0, "network": 0.25}
+
+
+def test_utilisation_is_of_the_chip_that_jax_names():
+    def mfu(flops, seconds, *devices):
+        row = {"update/flops_per_token": flops / 8, "tokens/trained": 8, "time/update_s": seconds}
+        return roofline.utilisation(row, *devices).get("mfu")
+
+    assert mfu(0.5 * 197e12 * 4 * 2.0, 2.0, "TPU v5 lite", 4) == pytest.approx(0.5)
+    assert mfu(459e12, 1.0, "TPU v5", 1) == pytest.approx(1)
+    assert mfu(1e12, 1.0, "NVIDIA H100 80GB HBM3", 1) == pytest.approx(1 / 989.4)
+    assert mfu(1e12, 1.0, "cpu", 1) is None
+    assert roofline.utilisation({"tokens/trained": 0}, "TPU v4", 1) == {}
+    assert set(roofline.KINDS.values()) == set(roofline.DEVICES)

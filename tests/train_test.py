@@ -2,19 +2,21 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from prolong_jax import train
-from prolong_jax.config import TINY_BASE, VerifierSettings
+from prolong_jax.config import DOMAINS, TINY_BASE, VerifierSettings
 from prolong_jax.groups import refuse_broken_verifiers
-from prolong_jax.metrics import read_rows
+from prolong_jax.metrics import VALIDATION_SETS, read_rows
 from prolong_jax.verifiers import math
 from tests.rollout_test import group
 
@@ -103,6 +105,33 @@ def test_metrics_of_the_first_step_and_after_a_reset(whole):
     assert rows[6]["reset/values"] == {"steps": 2}
     assert rows[6]["reset/what"] == ["reference", "optimizer"]
     assert rows[4]["update/kl_ref"] < rows[3]["update/kl_ref"]
+
+
+# Names of the table that a run on a CPU, with the resets that there are, need not write.
+SELDOM = {"reset/what", "reset/values", "mfu"}
+PLACES = {"DOMAIN": "|".join(DOMAINS), "VERIFIER": r"\w+", "PHASE": r"[a-z]+"}
+PLACES["SET"] = "|".join(VALIDATION_SETS)
+
+
+def test_the_table_of_metrics_is_that_of_a_run(whole):
+    text = Path("experiments/METRICS.md").read_text()
+    names = re.findall(r"^\| `([^`|]+)` \|[^|]*\|[^|]*\|[^|]+\|$", text, re.MULTILINE)
+    assert len(names) == len(set(names)) == text.count("\n| `") > 60
+    patterns = {}
+    for name in names:
+        pattern = re.escape(name)
+        for place, allowed in PLACES.items():
+            pattern = pattern.replace(place, f"({allowed})")
+        patterns[name] = re.compile(pattern)
+    written = {name for row in read_rows(whole / "metrics.jsonl") for name in row}
+    nameless = {w for w in written if not any(p.fullmatch(w) for p in patterns.values())}
+    unwritten = {n for n, p in patterns.items() if not any(map(p.fullmatch, written))}
+    assert not nameless and unwritten <= SELDOM, (nameless, unwritten)
+    row = read_rows(whole / "metrics.jsonl")[1]
+    assert 100 < row["memory/rss_mb"] < 1e5 and 0 < row["time/cpu_s"]
+    assert row["time/verdict_mean_s"] <= row["time/verdict_p95_s"] <= row["time/verdict_max_s"]
+    assert row["update/learning_rate"] > 0 and row["tokens/trained"] > 0
+    assert row["response/clipped"] == 1 - row["response/terminated"]
 
 
 def test_a_prolonged_run_equals_an_uninterrupted_one(whole, tmp_path):

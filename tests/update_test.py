@@ -185,8 +185,25 @@ def test_ratio_is_one_at_the_first_inner_step():
     state, first = update(state, batch, used)
     _, second = update(state, batch, used)
     assert first["update/ratio_deviation"] <= 1e-6
+    assert first["update/ratio_max"] == pytest.approx(1) == first["update/ratio_min"]
+    assert first["update/learning_rate"] == pytest.approx(1e-2)
     assert first["update/kl_ref"] <= 1e-10  # the reference is still the policy
     assert second["update/ratio_deviation"] > 1e-4
+
+
+def test_extremes_are_those_of_the_tokens():
+    _, optimizer, state, batch, used = real_setup()
+    batch = scorer(0.7)(state, batch, used)
+    ratios = np.random.default_rng(0).uniform(0.5, 3.0, batch.mask.shape)
+    batch = replace(batch, old_logp=batch.old_logp - jnp.log(ratios))
+    _, metrics = updater(optimizer, 0.7)(state, batch, used)
+    mask = np.array(batch.mask)
+    for name, values in (("ratio", ratios), ("advantage", np.array(batch.advantage))):
+        tokens = values[mask]
+        assert metrics[f"update/{name}"] == pytest.approx(tokens.mean(), rel=1e-4, abs=1e-6)
+        assert metrics[f"update/{name}_max"] == pytest.approx(tokens.max(), rel=1e-4)
+        assert metrics[f"update/{name}_min"] == pytest.approx(tokens.min(), rel=1e-4)
+    assert metrics["update/advantage_std"] == pytest.approx(tokens.std(), rel=1e-4)
 
 
 def test_old_logprobs_at_another_temperature_are_noticed():

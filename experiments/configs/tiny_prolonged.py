@@ -17,7 +17,7 @@ DOMAINS = ("math", "code", "stem", "logic", "instruct")
 
 
 def get_config() -> ConfigDict:
-    rules = {"plateau_window": 4, "plateau_gain": 0.0, "degradation": 0.05, "kl_spike": 4.0}
+    rules = {"plateau_window": 4, "plateau_gain": 0.0, "degradation": 0.05, "kl_spike": 5.0}
     rules |= {"min_entropy": 0.02, "max_unterminated": 0.3, "cooldown": 40}
     return ConfigDict(
         {

@@ -169,12 +169,17 @@ class Pool:
         """Metrics since the last call, by verifier.
 
         `verify/NAME/` count, mean_score (errors left out), timeouts, errors; `time/verify_NAME_`
-        p50_s and p99_s, seconds of execution; and `verify/queue_depth`, the most items that waited.
+        p50_s and p99_s, seconds of execution, and `time/verdict_` mean_s, p95_s, max_s, those of
+        all verifiers; and `verify/queue_depth`, the most items that waited.
         """
         with self._lock:
             scorings, self._scorings = self._scorings, {}
             depth, self._deepest_queue = self._deepest_queue, 0
         row: dict[str, float] = {"verify/queue_depth": depth} if scorings else {}
+        if seconds := sorted(busy_s for done in scorings.values() for _, busy_s in done):
+            row["time/verdict_mean_s"] = fsum(seconds) / len(seconds)
+            row["time/verdict_p95_s"] = seconds[int(len(seconds) * 0.95)]
+            row["time/verdict_max_s"] = seconds[-1]
         for name, done in sorted(scorings.items()):
             row |= _summary(name, done)
         return row

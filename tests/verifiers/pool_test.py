@@ -209,6 +209,9 @@ def test_deadlines_count_from_the_start_and_stuck_workers_are_replaced():
         assert row["verify/math/count"] == 40 and row["verify/math/mean_score"] == 1.0
         assert row["verify/code/errors"] == row["verify/math/errors"] == 0
         assert row["time/verify_code_p50_s"] > 0.9 > row["time/verify_math_p50_s"]
+        assert row["time/verdict_max_s"] == row["time/verify_code_p99_s"]
+        assert row["time/verdict_p95_s"] > 0.9  # 4 of 44
+        assert 4 / 44 * 0.9 < row["time/verdict_mean_s"] < row["time/verdict_p95_s"]
         assert 30 <= row["verify/queue_depth"] <= 44
         assert busy.take_metrics() == {}
 
