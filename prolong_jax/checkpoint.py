@@ -64,6 +64,7 @@ class Checkpointer:
         self._directory, self._keep = Path(directory).absolute(), _Keep(settings)
         self._checker: threading.Thread | None = None
         self._ended = threading.Event()  # the save that the checker waits for
+        self._told: dict[str, float] = {}  # of the last complete save
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._keep,
             cleanup_tmp_directories=not read_only,
@@ -74,6 +75,11 @@ class Checkpointer:
     @property
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
+
+    def take_metrics(self) -> dict[str, float]:
+        """Size and duration of a save that was complete since the last call, if there was one."""
+        told, self._told = self._told, {}
+        return told
 
     @property
     def steps(self) -> list[int]:
@@ -121,6 +127,7 @@ class Checkpointer:
         self._sums(step).parent.mkdir(exist_ok=True)
         write_json(self._sums(step), sums)
         size = sum(size for size, _ in sums.values()) / 1e6
+        self._told = {"checkpoint/mb": size, "time/checkpoint_s": seconds}
         print(f"saved step {step}: {size:,.1f} MB in {seconds:.1f} s")
 
     def _sums(self, step: int) -> Path:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from prolong_jax import processes, roofline
+from prolong_jax.checkpoint import Checkpointer
 from prolong_jax.config import UpdateSettings
 from prolong_jax.data.mixture import Position
 from prolong_jax.groups import group_from_dict
@@ -17,6 +18,7 @@ from prolong_jax.processes import Timer
 from prolong_jax.reset_rules import Evaluation, History
 from prolong_jax.rollout import Cursor
 from prolong_jax.stages import Progress as StageProgress
+from prolong_jax.types import TrainState
 
 PHASES = ("sample", "verify", "score", "update", "evaluate", "save")
 
@@ -78,6 +80,22 @@ class Host:
                 f"non-finite gradient and were skipped; the last good checkpoint is of step {saved}; "
                 "look at the last rows of metrics.jsonl."
             )
+
+    def save(self, state: TrainState, checkpointer: Checkpointer) -> None:
+        """Raises RuntimeError where this save cannot begin, or the one before it failed."""
+        begin, best, latest = time.monotonic(), self.progress.best, checkpointer.latest_step
+        step = self.progress.step
+        try:
+            checkpointer.save(step, state, self.to_dict(), None if best is None else best.step)
+        except OSError as error:
+            raise RuntimeError(
+                f"a save failed at step {step} ({error}); the newest whole checkpoint is of step "
+                f"{latest}; make room for the next ones and start the same command again."
+            ) from error
+        seconds = time.monotonic() - begin
+        self.wall_s += seconds
+        self.rl_wall_s += seconds
+        self.add_phases({"save": seconds})
 
     def count_skipped(self, updates: Sequence[Mapping[str, Any]]) -> None:
         for metrics in updates:

@@ -285,16 +285,16 @@ def loop(setup: Setup, state: TrainState, host: Host, outside: Outside) -> Train
             host.progress, host.history, row, evaluation, over
         )
         host.refuse_lost_run(stage_run.update, checkpointer.latest_step)
-        row |= setup.collector.pool.take_metrics()
+        row |= setup.collector.pool.take_metrics() | checkpointer.take_metrics()
         report_row(row, host, timer, outside.writer, outside.view)
         shown = sampled[: run.metrics.samples_per_step]
         outside.writer.samples(sample_rows(shown, stage_run.rollout, step))
         is_best = evaluation is not None and host.progress.best == evaluation
         is_best = is_best and run.checkpoint.keep_best
         if step % run.checkpoint.every == 0 or is_best or "save" in request:
-            save(state, host, checkpointer)
+            host.save(state, checkpointer)
     if host.progress.step > 0 and checkpointer.latest_step != host.progress.step:
-        save(state, host, checkpointer)
+        host.save(state, checkpointer)
     processes.watch(0)
     return state
 
@@ -333,22 +333,6 @@ def reset(
     return state, {
         "reset": decision.reset, "reset/values": event["values"], "reset/what": what
     }  # fmt: skip
-
-
-def save(state: TrainState, host: Host, checkpointer: Checkpointer) -> None:
-    begin, best = time.monotonic(), host.progress.best
-    step, latest = host.progress.step, checkpointer.latest_step
-    try:
-        checkpointer.save(step, state, host.to_dict(), None if best is None else best.step)
-    except OSError as error:
-        raise RuntimeError(
-            f"a save failed at step {step} ({error}); the newest whole checkpoint is of step "
-            f"{latest}; make room for the next ones and start the same command again."
-        ) from error
-    seconds = time.monotonic() - begin
-    host.wall_s += seconds
-    host.rl_wall_s += seconds
-    host.add_phases({"save": seconds})
 
 
 def validate(
