@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from prolong_jax import train
+from prolong_jax.host import Host
 from prolong_jax.metrics import read_rows
 from prolong_jax.processes import Timer
 
@@ -72,7 +73,7 @@ class Trouble:
 
 def plant(troubles: list[Trouble], nan_steps: list[int]) -> None:
     """Tells the troubles where the run is, and spoils gradients."""
-    now, timer, step, save, reset = 0, Timer.__call__, train.train_step, train.save, train.reset
+    now, timer, step, save, reset = 0, Timer.__call__, train.train_step, Host.save, train.reset
     programs = train.programs
 
     def tell(phase):
@@ -110,7 +111,7 @@ def plant(troubles: list[Trouble], nan_steps: list[int]) -> None:
         return score, spoilt
 
     Timer.__call__ = watched_timer
-    train.train_step, train.save, train.reset = watched_step, watched_save, watched_reset
+    train.train_step, Host.save, train.reset = watched_step, watched_save, watched_reset
     train.programs = spoilt_programs if nan_steps else programs
 
 
