@@ -90,9 +90,9 @@ def plant(troubles: list[Trouble], nan_steps: list[int]) -> None:
         tell("start")
         return step(setup, state, host, *rest)
 
-    def watched_save(*args):
+    def watched_save(self, state, checkpointer):
         tell("save")
-        save(*args)
+        save(self, state, checkpointer)
 
     def watched_reset(*args):
         result = reset(*args)
