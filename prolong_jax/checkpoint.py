@@ -21,7 +21,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,14 @@ class _Keep(policies.PreservationPolicy):
     """Which checkpoints stay when a newer one is complete."""
 
     settings: CheckpointSettings
-    best: int | None = None  # step of the best validated one
+    best: dict[int, int | None] = field(default_factory=dict)  # at each step, the best one so far
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         steps, every = [c.step for c in checkpoints], self.settings.keep_every
         last = sorted(steps)[-self.settings.keep :]
-        return [s in last or s == self.best or (every > 0 and s % every == 0) for s in steps]
+        # A run that goes on from any of the last may reset its reference to what was best then.
+        kept = {*last, *(self.best.get(step) for step in last)}
+        return [s in kept or (every > 0 and s % every == 0) for s in steps]
 
 
 class Checkpointer:
@@ -83,7 +85,8 @@ class Checkpointer:
 
     @property
     def steps(self) -> list[int]:
-        """Of the checkpoints that are there."""
+        """Of the complete checkpoints. Waits for the last save; raises OSError where it failed."""
+        self._finish()
         return sorted(self._manager.all_steps())
 
     def save(
@@ -95,7 +98,7 @@ class Checkpointer:
           OSError: this save cannot begin, or the one before it failed.
         """
         self._finish()
-        self._keep.best, begin = best, time.monotonic()
+        self._keep.best[step], begin = best, time.monotonic()
         if is_first():
             self._sums(step).unlink(missing_ok=True)
         try:
@@ -160,6 +163,8 @@ class Checkpointer:
                     "give the settings of that run."
                 )
             if restored is not None:
+                best = restored[1].get("progress", {}).get("best")
+                self._keep.best[step] = best and best["step"]
                 if damaged:
                     print(
                         f"damaged checkpoints are put aside: {', '.join(damaged)}; the run goes on "
@@ -220,10 +225,9 @@ class Checkpointer:
         Raises:
           ValueError: there is no such checkpoint, or it is damaged or of another model.
         """
-        self._finish()
-        step = self.latest_step if step is None else step
-        if step not in self.steps:
-            found = ", ".join(map(str, self.steps)) or "none"
+        steps, step = self.steps, self.latest_step if step is None else step
+        if step not in steps:
+            found = ", ".join(map(str, steps)) or "none"
             raise ValueError(f"--step: no checkpoint of step {step}; found: {found}.")
         item = {"params": _shapes(like)}
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)

@@ -52,9 +52,12 @@ def test_what_is_kept(tmp_path):
         for step, best in ((1, None), (2, 2), (5, 2), (6, 2), (7, 2), (8, 7), (9, 7), (10, 7)):
             checkpointer.save(step, state(step), {}, best)
         checkpointer.save(11, state(11), {}, 7)
-    with opened(tmp_path) as checkpointer:
         assert checkpointer.steps == [5, 7, 10, 11]
-    assert sorted(p.stem for p in (tmp_path / "checksums").iterdir()) == ["10", "11", "5", "7"]
+        checkpointer.save(12, state(12), {}, 12)  # 7 is still what was best at step 11
+        checkpointer.save(14, state(14), {}, 12)
+    with opened(tmp_path) as checkpointer:
+        assert checkpointer.steps == [5, 10, 12, 14]
+    assert sorted(p.stem for p in (tmp_path / "checksums").iterdir()) == ["10", "12", "14", "5"]
 
 
 def test_weights_of_an_older_one_while_the_run_goes_on(tmp_path):

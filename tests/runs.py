@@ -177,8 +177,9 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     parts = [name for name in ours if name != "state" and ours[name] != theirs[name]]
     mine, yours = (jax.tree_util.tree_leaves_with_path(r["state"]) for r in (ours, theirs))
     for (path, a), (_, b) in zip(mine, yours, strict=True):
-        if a.tobytes() != b.tobytes():
-            parts.append(jax.tree_util.keystr(path))
+        name = getattr(path[0], "key", str(path[0]))
+        if a.tobytes() != b.tobytes() and name not in parts:
+            parts.append(name)
     return parts
 
 
