@@ -33,7 +33,7 @@ from prolong_jax.config import (
 )
 from prolong_jax.data.mixture import Position, Sources, next_prompts, open_sources, record
 from prolong_jax.data.prompts import Prompt
-from prolong_jax.evaluate import evaluate, held_out_prompts
+from prolong_jax.evaluate import evaluate, held_out_prompts, validation_metrics
 from prolong_jax.groups import (
     Group,
     conversations,
@@ -367,17 +367,7 @@ def validate(
         params = sampling_copy(collector.model, collector.mesh, state.params)
         table, groups = evaluate(collector, params, setup.validation, samples, run, step, Timer())
     refuse_broken_verifiers(groups, run)
-    row = {}
-    for name, values in table.items():
-        low, high = values["ci95"]
-        row |= {
-            f"validation/{name}/avg": values["avg_at_k"],
-            f"validation/{name}/lo": low,
-            f"validation/{name}/hi": high,
-            f"validation/{name}/pass": values["pass_at_k"],
-            f"validation/{name}/k": values["k"],
-        }
-    return table, row
+    return table, validation_metrics(table)
 
 
 def finish(setup: Setup, state: TrainState, host: Host, workdir: Path, view: Progress) -> None:
