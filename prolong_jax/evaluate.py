@@ -228,8 +228,8 @@ def evaluate_all(
 ) -> list[Outcome]:
     """Evaluates the prompts that have no outcome yet. Returns those of all, in their order.
 
-    A response hangs on the weights, its prompt and its number alone, not on what is sampled beside
-    it or before, so a second start gives the numbers of an uninterrupted one.
+    The batches do not hang on what is there already: one of which a prompt is missing is sampled
+    as a whole, so that even roundings are those of an uninterrupted evaluation.
 
     Raises:
       ValueError: a prompt is not what it was when its responses were kept.
@@ -240,14 +240,17 @@ def evaluate_all(
                 f"--out: prompt {prompt.id!r} or its reference has changed since it was answered "
                 f"there; give another directory than {str(kept.path)!r}."
             )
-    left, begin = [p for p in prompts if p.id not in kept.done], time.monotonic()
     size = max(1, ROUNDS * run.rollout.sample_rows // samples) * jax.process_count()
-    for first in range(0, len(left), size):
-        batch = left[first : first + size]
-        groups = respond(collector, params, batch, samples, run, 0, Timer())
-        kept.add(records(groups, collector.tokenizer))
+    begin = time.monotonic()
+    for first in range(0, len(prompts), size):
+        batch = prompts[first : first + size]
+        missing = {prompt.id for prompt in batch if prompt.id not in kept.done}
+        if missing:
+            groups = respond(collector, params, batch, samples, run, 0, Timer())
+            new = [group for group in groups if group.prompt.id in missing]
+            kept.add(records(new, collector.tokenizer))
         minutes = (time.monotonic() - begin) / 60
-        print(f"{len(left[: first + size])} of {len(left)} prompts in {minutes:.1f} min")
+        print(f"{first + len(batch)} of {len(prompts)} prompts after {minutes:.1f} min")
     return [kept.done[prompt.id] for prompt in prompts]
 
 
