@@ -9,7 +9,8 @@ def pass_at_k(solved: int, samples: int, k: int) -> float:
     r"""Unbiased estimate of the probability that k samples hold a right one (arXiv 2107.03374).
 
     1 - C(n - c, k) / C(n, k) = 1 - prod_{i = n-c+1..n} (1 - k / i): the share of the subsets of k
-    among the n samples that hold one of the c right ones. The product has no large terms.
+    among the n samples that hold one of the c right ones. The product has no large terms, and it
+    is zero where n - c < k, for then it has the factor 1 - k / k.
 
     Args:
       solved: c, right ones among the samples.
@@ -21,8 +22,6 @@ def pass_at_k(solved: int, samples: int, k: int) -> float:
     """
     if not (0 <= solved <= samples and 1 <= k <= samples):
         raise ValueError(f"pass@k: expected 0 <= c <= n and 1 <= k <= n, got {solved, samples, k}.")
-    if samples - solved < k:
-        return 1.0
     return float(1.0 - np.prod(1.0 - k / np.arange(samples - solved + 1, samples + 1)))
 
 
