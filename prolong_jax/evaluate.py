@@ -228,7 +228,7 @@ def evaluate_all(
 ) -> list[Outcome]:
     """Evaluates the prompts that have no outcome yet. Returns those of all, in their order.
 
-    The batches do not hang on what is there already: one of which a prompt is missing is sampled
+    The batches do not depend on what is there already: one of which a prompt is missing is sampled
     as a whole, so that even roundings are those of an uninterrupted evaluation.
 
     Raises:
@@ -272,7 +272,7 @@ def load(run: RunConfig, given: str, step: int | None) -> tuple[RunConfig, Model
 
 
 def protocol_of(run: RunConfig, samples: int) -> dict[str, Any]:
-    """What the responses to a prompt hang on, beside the weights and the prompt."""
+    """What the responses to a prompt depend on, beside the weights and the prompt."""
     rule = {key: getattr(run.validation, key) for key in ("temperature", "top_p", "top_k", "min_p")}
     sizes = {key: getattr(run.rollout, key) for key in ("max_prompt_len", "long_prompts")}
     return {

@@ -324,6 +324,8 @@ def test_another_evaluation_in_the_directory_is_refused(base, data, tmp_path, ca
     assert "holds something else" in capsys.readouterr().err
     assert main(arguments(data, base, "--config.rollout.max_prompt_len=8")) == 2
     assert "8 prompts have more than 8 tokens" in capsys.readouterr().err
+    assert main(arguments(data, base, "--max_response_len=417")) == 2
+    assert "validation.max_response_len = 513 exceeds the 512 positions" in capsys.readouterr().err
     assert main(arguments(data, base, "--step=1")) == 2
     assert "--step: expected the workdir of a run" in capsys.readouterr().err
 
