@@ -200,9 +200,18 @@ def test_a_choice_votes_for_its_letter():
 # --- held-out prompts ----------------------------------------------------------------------------
 
 
-def sums(count: int, first: int = 2) -> list[dict]:
+def sums(count: int, first: int = 12) -> list[dict]:
+    """Tasks of a kind that the embedded model knows."""
     return [
-        {"question": f"Compute {i} + 3.", "answer": str(i + 3)} for i in range(first, first + count)
+        {
+            "id": str(i),
+            "domain": "math",
+            "messages": [
+                {"role": "user", "content": f"Compute {first + i} + 3. Answer in \\boxed{{}}."}
+            ],
+            "reference": {"answer": str(first + i + 3)},
+        }
+        for i in range(count)
     ]
 
 
@@ -210,7 +219,7 @@ def sums(count: int, first: int = 2) -> list[dict]:
 def data(tmp_path_factory):
     """A directory with two small evaluation sets."""
     directory = tmp_path_factory.mktemp("data")
-    for name, rows in (("aime24", sums(5)), ("math", sums(3, first=4))):
+    for name, rows in (("aime24", sums(5)), ("math", sums(3, first=24))):
         (directory / f"{name}.json").write_text(json.dumps(rows))
     return directory
 
@@ -290,14 +299,15 @@ def test_every_response_is_kept_with_its_verdict(base, data, capsys):
     table = capsys.readouterr().out
     assert (base / "responses.jsonl").read_bytes() == before
     assert "source/aime24" in table and "28.54" in table and "48.13" in table
+    assert 0 < sum(row["score"] for row in rows) < len(rows)
     average = np.mean([row["score"] for row in rows if row["source"] == "math"])
     assert f"{100 * average:6.2f}            82.90          91.89" in table
     assert "31.80" not in table  # of a set that was not asked for
 
 
-@pytest.mark.parametrize("cut", [2 * 3, 2 * 5 + 1])
-def test_a_stopped_evaluation_goes_on_to_the_same_file(base, data, tmp_path, cut):
-    """A process was stopped after `cut` responses and a half."""
+def test_a_stopped_evaluation_goes_on_to_the_same_file(base, data, tmp_path):
+    """A process was stopped in the second batch, after 11 responses and a half."""
+    cut = 11
     whole = (base / "responses.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
     (tmp_path / "protocol.json").write_bytes((base / "protocol.json").read_bytes())
@@ -315,7 +325,7 @@ def test_another_evaluation_in_the_directory_is_refused(base, data, tmp_path, ca
     ):
         assert main(arguments(data, base, *change)) == 2
         assert message in capsys.readouterr().err
-    changed = [row | {"answer": "1"} for row in sums(5)]
+    changed = [row | {"reference": {"answer": "1"}} for row in sums(5)]
     (tmp_path / "aime24.json").write_text(json.dumps(changed))
     (tmp_path / "math.json").write_text((data / "math.json").read_text())
     assert main(arguments(tmp_path, base)) == 2
