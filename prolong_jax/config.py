@@ -96,27 +96,6 @@ class UpdateSettings:
 
 
 @dataclass(frozen=True)
-class ValidationSettings:
-    every: int = 20  # steps between evaluations
-    prompts_per_level: int = 16  # of every domain
-    samples: int = 4  # responses per prompt during the run
-    final_samples: int = 16  # responses per prompt for the base and the final policy
-    temperature: float = 0.6
-    top_p: float = 0.95
-    top_k: int = 0  # 0: all tokens
-    min_p: float = 0.0
-    seed: int = 7  # of the held-out prompts
-
-
-@dataclass(frozen=True)
-class VerifierSettings:
-    num_workers: int = 2  # processes
-    time_limit_s: float = 10.0  # per response, from the start of its verification
-    max_error_rate: float = 0.2  # share of faults of a verifier in one step that stops the run
-    allow_rlimits_only: bool = False  # run programs of responses where no sandbox can be had
-
-
-@dataclass(frozen=True)
 class SourceSettings:
     """One data set of a run."""
 
@@ -131,6 +110,33 @@ class SourceSettings:
     pass_rates: str = ""  # JSON lines {"id", "pass_rate"}; rows without a record are kept
     min_pass_rate: float = 0.0
     max_pass_rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    every: int = 20  # steps between evaluations
+    prompts_per_level: int = 16  # of every domain
+    samples: int = 4  # responses per prompt during the run
+    final_samples: int = 16  # responses per prompt for the base and the final policy
+    temperature: float = 0.6
+    top_p: float = 0.95
+    top_k: int = 0  # 0: all tokens
+    min_p: float = 0.0
+    seed: int = 7  # of the held-out prompts
+    # Instead of the embedded tasks: sets of data.evaluation_sets in a directory, and other sources.
+    sets: tuple[str, ...] = ()
+    directory: str = ""
+    sources: Mapping[str, SourceSettings] = field(default_factory=dict)
+    prompts_per_set: int = 64  # of each set and source, drawn by `seed`; 0: all
+    max_response_len: int = 0  # tokens; 0: rollout.max_response_len
+
+
+@dataclass(frozen=True)
+class VerifierSettings:
+    num_workers: int = 2  # processes
+    time_limit_s: float = 10.0  # per response, from the start of its verification
+    max_error_rate: float = 0.2  # share of faults of a verifier in one step that stops the run
+    allow_rlimits_only: bool = False  # run programs of responses where no sandbox can be had
 
 
 @dataclass(frozen=True)
@@ -437,6 +443,14 @@ def _check_validation(settings: ValidationSettings) -> None:
         top_k >= 0 and top_p <= 1 and 0 <= min_p < 1,
         "'validation.top_k' must be 0 or more, 'validation.top_p' in (0, 1] and 'validation.min_p' "
         f"in [0, 1), got {top_k}, {top_p} and {min_p}.",
+    )
+    for name in ("prompts_per_set", "max_response_len"):
+        value = getattr(settings, name)
+        _require(value >= 0, f"'validation.{name}' must be 0 or more, got {value}.")
+    _require(
+        not settings.sets or bool(settings.directory),
+        f"'validation.sets' names {', '.join(settings.sets)}, but 'validation.directory' does not "
+        "say where they are; set it.",
     )
 
 

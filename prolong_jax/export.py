@@ -6,19 +6,14 @@ Runs on the CPU, with 4 bytes of memory per parameter.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
-from prolong_jax.checkpoint import Checkpointer
-from prolong_jax.config import RunConfig, build
-from prolong_jax.models.decoder import Model
-from prolong_jax.models.hf import read_config, save_pretrained
+from prolong_jax.models.hf import save_pretrained
+from prolong_jax.policy import restore_policy
 
 
 def export(workdir: Path, out: Path, *, step: int | None = None, dtype: str = "bfloat16") -> None:
@@ -27,27 +22,9 @@ def export(workdir: Path, out: Path, *, step: int | None = None, dtype: str = "b
     Raises:
       ValueError: no run, no such checkpoint, or `out` is not empty.
     """
-    saved = workdir / "config.json"
-    if not saved.is_file() or not (workdir / "checkpoints").is_dir():
-        raise ValueError(
-            f"--workdir: {str(workdir)!r} holds no run with checkpoints; give the --workdir of "
-            "the training command."
-        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {str(out)!r} is not an empty directory; give a new one.")
-    try:
-        run: RunConfig = build(RunConfig, json.loads(saved.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--workdir: {saved} is damaged ({error}); restore it.") from error
-    model = Model(read_config(run.model.path), jnp.dtype(run.model.dtype))
-    here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), model.shapes()
-    )
-    with closing(
-        Checkpointer(workdir / "checkpoints", run.checkpoint, read_only=True)
-    ) as checkpointer:
-        params = checkpointer.restore_params(like, step)
+    run, model, params, _ = restore_policy(workdir, step)
     save_pretrained(out, model, params, source=run.model.path, dtype=dtype)
 
 

@@ -97,12 +97,17 @@ def refuse_unfit_model(run: RunConfig, model: Model, tokenizer: ChatTokenizer) -
     """Raises ValueError where the model has too few positions or tokens."""
     for index in range(len(run.stages)):
         rollout = for_stage(run, index).rollout
-        longest = rollout.max_prompt_len + rollout.max_response_len
-        if longest > model.config.max_positions:
-            raise ValueError(
-                f"config: rollout.max_prompt_len + rollout.max_response_len = {longest} exceeds "
-                f"the {model.config.max_positions} positions of the model; lower them."
-            )
+        lens = {
+            "rollout.max_response_len": rollout.max_response_len,
+            "validation.max_response_len": run.validation.max_response_len,
+        }
+        for name, length in lens.items():
+            longest = rollout.max_prompt_len + length
+            if longest > model.config.max_positions:
+                raise ValueError(
+                    f"config: rollout.max_prompt_len + {name} = {longest} exceeds the "
+                    f"{model.config.max_positions} positions of the model; lower them."
+                )
     if tokenizer.largest_id >= model.config.vocab_size:
         raise ValueError(
             f"model.path: the tokenizer has the token id {tokenizer.largest_id}, the model only "

@@ -33,7 +33,7 @@ from prolong_jax.config import (
 from prolong_jax.control import Control
 from prolong_jax.data.mixture import Sources, next_prompts, open_sources, record
 from prolong_jax.data.prompts import Prompt
-from prolong_jax.evaluate import evaluate, held_out_prompts
+from prolong_jax.evaluate import evaluate, held_out_by_stage, validation_metrics
 from prolong_jax.groups import (
     Group,
     conversations,
@@ -72,8 +72,8 @@ class Setup:
 
     run: RunConfig
     collector: Collector
-    validation: tuple[list[Prompt], ...]  # held-out prompts of each stage
     held_out: list[Prompt]  # that the base and the final policy are compared on
+    validation: tuple[list[Prompt], ...]  # held-out prompts of each stage
     sources: Sources
 
 
@@ -197,8 +197,7 @@ def train(run: RunConfig, workdir: Path, allow_changes: bool = False) -> int:
         processes.keep_compilations(workdir / "compiled")
         collector = Collector(model, mesh, tokenizer, pool, run.seed)
         for_training(model, mesh, run.model)  # refuses attention that the platform does not have
-        validation = (held_out_prompts(for_stage(run, i)) for i in range(len(run.stages)))
-        setup = Setup(run, collector, tuple(validation), held_out_prompts(run), sources)
+        setup = Setup(run, collector, *held_out_by_stage(run), sources)
         size = sum(x.size for x in jax.tree.leaves(params)) / 1e6
         print(f"{size:.2f}M parameters from {run.model.path} on {mesh.size} {jax.devices()[0]}")
         with closing(Checkpointer(workdir / "checkpoints", run.checkpoint)) as checkpointer:
@@ -267,23 +266,16 @@ def loop(setup: Setup, state: TrainState, host: Host, outside: Outside) -> Train
             host.cursor.surplus.clear()  # the next stage may have other sizes
         host.progress, host.history = stages.apply(run, host.progress, host.history, decision)
 
-        stage_run, step, evaluation = (
-            for_stage(run, host.progress.stage),
-            host.progress.step + 1,
-            None,
-        )
+        stage, step, evaluation = host.progress.stage, host.progress.step + 1, None
+        stage_run = for_stage(run, stage)
         state, row, sampled = train_step(setup, state, host, timer)
         row |= event
         if stages.is_evaluation_due(stage_run, step) or "evaluate" in request:
-            prompts = setup.validation[host.progress.stage]
-            samples = stage_run.validation.samples
-            table, validation_row = validate(setup, state, prompts, samples, step, timer)
+            table, validation_row = validate(setup, state, stage, step, timer)
             row |= validation_row
             evaluation = stages.Evaluation(step, table["all"]["avg_at_k"], *table["all"]["ci95"])
-        over = stage_run.stages[host.progress.stage].reset.over
-        host.progress, host.history = stages.record(
-            host.progress, host.history, row, evaluation, over
-        )
+        past, over = (host.progress, host.history), run.stages[stage].reset.over
+        host.progress, host.history = stages.record(*past, row, evaluation, over)
         host.refuse_lost_run(stage_run.update, checkpointer.latest_step)
         row |= setup.collector.pool.take_metrics() | checkpointer.take_metrics()
         report_row(row, host, timer, outside.writer, outside.view)
@@ -302,8 +294,8 @@ def loop(setup: Setup, state: TrainState, host: Host, outside: Outside) -> Train
 def score_base(setup: Setup, state: TrainState, host: Host, outside: Outside, timer: Timer) -> None:
     """The evaluation before the first step, with its row of metrics."""
     print(f"scoring the base model on {len(setup.held_out)} held-out prompts")
-    samples, pool = setup.run.validation.final_samples, setup.collector.pool
-    host.base, row = validate(setup, state, setup.held_out, samples, 0, timer)
+    pool = setup.collector.pool
+    host.base, row = validate(setup, state, None, 0, timer)
     row |= pool.take_metrics() | {"sandbox_tier": pool.sandbox_tier}
     report_row(row, host, timer, outside.writer, outside.view)
 
@@ -336,37 +328,23 @@ def reset(
 
 
 def validate(
-    setup: Setup,
-    state: TrainState,
-    prompts: Sequence[Prompt],
-    samples: int,
-    step: int,
-    timer: Timer,
+    setup: Setup, state: TrainState, stage: int | None, step: int, timer: Timer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Evaluates the policy on held-out prompts. Returns the table and its metrics."""
-    run, collector = for_stage(setup.run, 0), setup.collector
+    """The table of an evaluation and its metrics, as a stage asks for it, or (None) a run's ends."""
+    run, collector = setup.run if stage is None else for_stage(setup.run, stage), setup.collector
+    samples = run.validation.final_samples if stage is None else run.validation.samples
+    prompts = setup.held_out if stage is None else setup.validation[stage]
     with timer("evaluate"):
         params = sampling_copy(collector.model, collector.mesh, state.params)
         table, groups = evaluate(collector, params, prompts, samples, run, step, Timer())
     refuse_broken_verifiers(groups, run.verifiers)
-    row = {}
-    for name, values in table.items():
-        low, high = values["ci95"]
-        row |= {
-            f"validation/{name}/avg": values["avg_at_k"],
-            f"validation/{name}/lo": low,
-            f"validation/{name}/hi": high,
-            f"validation/{name}/pass": values["pass_at_k"],
-            f"validation/{name}/k": values["k"],
-        }
-    return table, row
+    return table, validation_metrics(table)
 
 
 def finish(setup: Setup, state: TrainState, host: Host, workdir: Path, view: Progress) -> None:
     """The final evaluation and summary.json."""
-    timer, step = Timer(), host.progress.step
-    samples = setup.run.validation.final_samples
-    final, _ = validate(setup, state, setup.held_out, samples, step, timer)
+    timer = Timer()
+    final, _ = validate(setup, state, None, host.progress.step, timer)
     summary = host.summary(timer, final) | {
         "params_sha256": params_sha256(setup.collector.mesh, state.params)
     }

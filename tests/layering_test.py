@@ -29,13 +29,13 @@ LAYERS = (
         "roofline",
         "charts",
     ),
-    ("losses", "optimizer", "models", "data", "next_token", "slots", "stages"),
+    ("losses", "optimizer", "models", "data", "next_token", "slots", "scores", "stages"),
     ("packing",),
     ("sampler", "update", "checkpoint", "metrics"),
-    ("groups",),
+    ("groups", "outcomes", "policy", "startup"),
     ("rollout",),
     ("host", "control"),
-    ("train", "evaluate", "compile_check", "export", "report", "startup", "sample", "replay"),
+    ("train", "evaluate", "passk", "compile_check", "export", "report", "sample", "replay"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
@@ -50,15 +50,15 @@ JAX_FREE = ("verifiers", "data")
 JAX_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 # The pure mathematics sees nothing but numbers: no configuration, no input or output.
-PURE = ("masked", "losses", "advantages")
+PURE = ("masked", "losses", "advantages", "scores")
 PURE_LIBRARIES = {"jax", "jaxtyping", "numpy", "math", "functools", "typing", "dataclasses"}
 PURE_LIBRARIES |= {"collections", "enum", f"{PACKAGE}.types", f"{PACKAGE}.masked"}
 
 # Side effects belong here; the doors to the program (the last layer) are free as well.
 EFFECTFUL = ("data", "model_files", "models.hf", "models.tensors", "checkpoint", "metrics")
 EFFECTFUL += ("verifiers.pool", "verifiers.sandbox", "verifiers.sandbox_zygote", "processes")
-EFFECTFUL += (*LAYERS[-1], "control")
-READERS = ("config", "tokenizer")  # these read the files that the user names, and write nothing
+EFFECTFUL += (*LAYERS[-1], "control", "startup")
+READERS = ("config", "tokenizer", "outcomes", "policy")  # read what the user names, write nothing
 EFFECT_LIBRARIES = {"subprocess", "multiprocessing", "socket", "shutil", "tempfile", "signal"}
 EFFECT_LIBRARIES |= {"urllib", "http", "requests", "random"}
 WRITING_CALLS = {"print", "input", "write_text", "write_bytes", "mkdir", "makedirs", "unlink"}

@@ -84,8 +84,13 @@ def test_the_workdir_contract(whole):
     for when in ("base", "final"):
         assert set(result["validation"][when]) == domains
         for values in result["validation"][when].values():
-            assert set(values) == {"avg_at_k", "k", "ci95", "pass_at_k"}
+            assert set(values) - {"maj_at_k"} == {
+                "avg_at_k", "k", "ci95", "pass_at_k", "pass_at", "prompts", "len_mean",
+                "terminated", "sampled_nll",
+            }  # fmt: skip
             assert values["ci95"][0] <= values["avg_at_k"] <= values["ci95"][1]
+        voting = {n for n, v in result["validation"][when].items() if "maj_at_k" in v}
+        assert voting == {"math", "stem", "logic"}
     assert [r["step"] for r in read_rows(whole / "metrics.jsonl")] == list(range(7))
     samples = read_rows(whole / "samples.jsonl")
     assert samples and {"prompt", "response", "score", "status"} <= set(samples[0])
