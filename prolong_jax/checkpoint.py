@@ -110,7 +110,7 @@ class Checkpointer:
                 force=True,
             )
         except ValueError as error:  # how tensorstore says that it cannot write
-            raise OSError(_first_line(error)) from error
+            raise OSError(_cause(error)) from error
         if is_first():
             self._ended.clear()
             self._checker = threading.Thread(target=self._check_in, args=(step, begin))
@@ -141,7 +141,7 @@ class Checkpointer:
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
-            raise OSError(_first_line(error)) from error
+            raise OSError(_cause(error)) from error
         finally:
             self._ended.set()
             if self._checker is not None:
@@ -257,6 +257,11 @@ def _shapes(like: PyTree) -> PyTree:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _cause(error: BaseException) -> str:
+    """The end of a chain of reasons, such as "No space left on device"."""
+    return _first_line(error).rsplit(": ", 1)[-1]
 
 
 def checksums(directory: Path) -> dict[str, list]:

@@ -83,14 +83,13 @@ class Host:
 
     def save(self, state: TrainState, checkpointer: Checkpointer) -> None:
         """Raises RuntimeError where this save cannot begin, or the one before it failed."""
-        begin, best, latest = time.monotonic(), self.progress.best, checkpointer.latest_step
-        step = self.progress.step
+        begin, step, best = time.monotonic(), self.progress.step, self.progress.best
         try:
             checkpointer.save(step, state, self.to_dict(), None if best is None else best.step)
         except OSError as error:
             raise RuntimeError(
-                f"a save failed at step {step} ({error}); the newest whole checkpoint is of step "
-                f"{latest}; make room for the next ones and start the same command again."
+                f"saving failed at step {step} ({error}); the newest whole checkpoint is of step "
+                f"{checkpointer.latest_step}; make room and start the same command again."
             ) from error
         seconds = time.monotonic() - begin
         self.wall_s += seconds

@@ -149,7 +149,8 @@ def changed_settings(bench: Bench, workdir: Path) -> tuple[str, str]:
     code, allowed = runs.start([*other, "--allow-changes"])
     assert code == 0, allowed
     (change,) = read_rows(workdir / "changes.jsonl")
-    assert change == {"step": HALF, "changes": {"loss.kl_coef": [0.001, 0.01]}}, change
+    expected = {"loss.kl_coef": [0.001, 0.01], "total_steps": [6, 12]}
+    assert change == {"step": HALF, "changes": expected}, change
     return f"{said(printed)} / {said(allowed, 'settings changed')}", lost
 
 
@@ -229,7 +230,7 @@ MESSAGES = {
     "truncated checkpoint file": r"step 6 \(state/.* has \d+ bytes of \d+\).*goes on from step",
     "missing checkpoint file": r"step 6 \(state/.* is missing\).*goes on from step",
     "flipped bit in a checkpoint": r"step 6 \(state/.* changed\).*goes on from step",
-    "full disk": r"No space left|is of step \d+; make room",
+    "full disk": r"No space left on device.*is of step 6; make room",
     "read-only workdir": r"cannot be written to",
     "two runs in one workdir": r"in use by process \d+ on",
     "changed settings": r"loss.kl_coef: 0.001 -> 0.01; give another.* / .*after step 6: loss.kl_coef",

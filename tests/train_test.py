@@ -54,7 +54,7 @@ def summary(workdir):
 
 def rows_without_times(workdir):
     rows = read_rows(workdir / "metrics.jsonl")
-    varying = ("time", "tokens/per_s", "verify/queue_depth", "memory")
+    varying = ("time", "tokens/per_s", "verify/queue_depth", "memory", "checkpoint/")
     return [{k: v for k, v in r.items() if not k.startswith(varying)} for r in rows]
 
 
@@ -115,7 +115,7 @@ def test_metrics_of_the_first_step_and_after_a_reset(whole):
 # Names of the table that a run on a CPU, with the resets that there are, need not write.
 SELDOM = {"reset/what", "reset/values", "mfu"}
 PLACES = {"DOMAIN": "|".join(DOMAINS), "VERIFIER": r"\w+", "PHASE": r"[a-z]+"}
-PLACES["SET"] = "|".join(VALIDATION_SETS)
+PLACES |= {"SET": "|".join(VALIDATION_SETS), "@K": r"@\d+"}
 
 
 def test_the_table_of_metrics_is_that_of_a_run(whole):

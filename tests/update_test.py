@@ -391,7 +391,7 @@ def test_initial_state_is_sharded_like_the_weights(tmp_path):
     mesh = make_mesh(MeshSettings(data=1, fsdp=4, tensor=2))
     params = jax.device_put(random_params(), param_shardings(mesh, MODEL.shapes()))
     state = initial_state(RunConfig(), params)
-    moments = state.opt_state[1][0].mu
+    (moments,) = (value for _, value in optax.tree.get_all_with_path(state.opt_state, "mu"))
     for tree in (state.ref_params, moments):
         same = jax.tree.map(
             lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), params, tree
