@@ -6,7 +6,8 @@ data sets, 8k tokens and 16k at the end, the last run's 200 steps. Ours, since n
 the steps of the other runs, the limits of the reset rules, and the factor of 0 on the reward of
 responses that do not end (runs 4 and later). The KL coefficient is from a secondary source.
 
-The data sets are to be put into data/ (see the paths below); `python -m prolong_jax.data --config=...`
+The data sets are to be put into data/ (see the paths below), those of validation into
+data/evaluation (data/evaluation_sets.py of the package says under which names); `python -m prolong_jax.data --config=...`
 says what is missing. Nobody has run this yet.
 
 Hardware: 16 TPU v5e, 8 H100, or more. Does it fit?
@@ -28,6 +29,8 @@ SOURCES = {
     "reasoning_gym": {"path": "data/reasoning_gym/train.jsonl", "domain": "logic"},
     "nemotron_if": {"path": "data/instruction_following.jsonl", "domain": "instruct"},
 }
+# The paper watches parts of these, of Reasoning Gym the task graph_color alone.
+MONITOR = ("aime24", "codeforces", "gpqa_diamond", "ifeval", "reasoning_gym_test")
 # The owner of a run watches and resets; these rules, whose numbers are ours, do it unattended.
 RULES = {"plateau_window": 5, "plateau_gain": 0.0, "degradation": 0.03, "cooldown": 50}
 STOP = {"rollout.stop_properly": 0.0}
@@ -57,6 +60,7 @@ def get_config() -> ConfigDict:
             "mesh": {"fsdp": 8},
             "rollout": {"sample_rows": 64},
             "data": {"sources": SOURCES},
+            "validation": {"sets": MONITOR, "directory": "data/evaluation"},
             "checkpoint": {"keep_every": 500},
             "stages": [
                 stage("run 1: four domains", 250, FOUR, {}, resets=False),
