@@ -17,7 +17,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -174,6 +174,16 @@ def missing_data(bench: Bench, workdir: Path) -> tuple[str, str]:
     return said(printed), ", ".join(parts) or "nothing"
 
 
+def workers_of(pid: int) -> list[int]:
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):  # of each thread
+        with suppress(OSError):  # it has ended meanwhile
+            for child in children.read_text().split():
+                command = Path(f"/proc/{child}/cmdline").read_bytes()
+                found += [int(child)] if b"verifiers.pool" in command else []
+    return found
+
+
 def dead_worker(bench: Bench, workdir: Path) -> tuple[str, str]:
     """A worker of the verifiers is killed again and again while the run goes on."""
     with open(workdir / "log", "w") as log:
@@ -181,12 +191,8 @@ def dead_worker(bench: Bench, workdir: Path) -> tuple[str, str]:
     killed = 0
     while run.poll() is None:
         time.sleep(3.0)
-        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
-        workers = children.read_text().split() if children.exists() else []
-        commands = {pid: Path(f"/proc/{pid}/cmdline") for pid in workers}
-        alive = [p for p, c in commands.items() if c.exists() and b"pool" in c.read_bytes()]
-        if alive and killed < 4:
-            os.kill(int(alive[0]), signal.SIGKILL)
+        if killed < 4 and (alive := workers_of(run.pid)):
+            os.kill(alive[0], signal.SIGKILL)
             killed += 1
     assert run.returncode == 0 and killed, (workdir / "log").read_text()
 
@@ -233,7 +239,7 @@ MESSAGES = {
     "full disk": r"No space left on device.*is of step 6; make room",
     "read-only workdir": r"cannot be written to",
     "two runs in one workdir": r"in use by process \d+ on",
-    "changed settings": r"loss.kl_coef: 0.001 -> 0.01; give another.* / .*after step 6: loss.kl_coef",
+    "changed settings": r"loss.kl_coef: 0.001 -> 0.01; give another.* / .*after step 6: .*loss.kl_coef",
     "missing data file": r"expected a file",
     "dead workers": r"none; [1-4] workers were killed",
     "NaN gradient": r"non-finite gradient",
