@@ -190,8 +190,9 @@ def dead_worker(bench: Bench, workdir: Path) -> tuple[str, str]:
         run = subprocess.Popen(runs.command(runs.arguments(workdir)), stdout=log, stderr=log)
     killed = 0
     while run.poll() is None:
-        time.sleep(3.0)
-        if killed < 4 and (alive := workers_of(run.pid)):
+        time.sleep(2.0)
+        is_on = "continuing" in (workdir / "log").read_text()  # the check at the start is over
+        if is_on and killed < 4 and (alive := workers_of(run.pid)):
             os.kill(alive[0], signal.SIGKILL)
             killed += 1
     assert run.returncode == 0 and killed, (workdir / "log").read_text()
