@@ -128,7 +128,7 @@ class ValidationSettings:
     directory: str = ""
     sources: Mapping[str, SourceSettings] = field(default_factory=dict)
     prompts_per_set: int = 64  # of each set and source, drawn by `seed`; 0: all
-    max_response_len: int = 0  # tokens; 0: rollout.max_response_len
+    max_response_len: int = 0  # tokens; 0: the run's rollout.max_response_len, also in its stages
 
 
 @dataclass(frozen=True)
@@ -273,6 +273,9 @@ def to_dict(config: Any) -> Any:
 def for_stage(run: RunConfig, index: int) -> RunConfig:
     """The run's settings with the overrides of one stage applied."""
     values = to_dict(run)
+    # Evaluations of all stages have one budget, unless a stage names another one for them.
+    validation, rollout = values["validation"], values["rollout"]
+    validation["max_response_len"] = validation["max_response_len"] or rollout["max_response_len"]
     for key, value in run.stages[index].overrides.items():
         section, _, name = key.partition(".")
         if section not in _OVERRIDABLE or name not in values[section]:
@@ -447,6 +450,11 @@ def _check_validation(settings: ValidationSettings) -> None:
     for name in ("prompts_per_set", "max_response_len"):
         value = getattr(settings, name)
         _require(value >= 0, f"'validation.{name}' must be 0 or more, got {value}.")
+    twice = sorted(set(settings.sets).intersection(settings.sources))
+    _require(
+        not twice,
+        f"'validation.sources' and 'validation.sets' both name {', '.join(twice)}; rename the source.",
+    )
     _require(
         not settings.sets or bool(settings.directory),
         f"'validation.sets' names {', '.join(settings.sets)}, but 'validation.directory' does not "

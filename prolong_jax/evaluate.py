@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from prolong_jax.config import DOMAINS, LEVELS, RunConfig, check, for_stage, par
 from prolong_jax.data import evaluation_sets
 from prolong_jax.data.procedural import validation_prompts
 from prolong_jax.data.prompts import Prompt
-from prolong_jax.groups import Group
+from prolong_jax.groups import Group, refuse_broken_verifiers
 from prolong_jax.mesh import make_mesh
 from prolong_jax.models.decoder import Model, sampling_copy
 from prolong_jax.models.hf import load_model
@@ -74,9 +74,12 @@ def held_out_prompts(run: RunConfig) -> list[Prompt]:
 
 def held_out_by_stage(run: RunConfig) -> tuple[list[Prompt], tuple[list[Prompt], ...]]:
     """The held-out prompts of a run, and those of its stages, which may have others."""
-    own, runs = held_out_prompts(run), [for_stage(run, i) for i in range(len(run.stages))]
+    own, budget = held_out_prompts(run), run.validation.max_response_len
+    runs = [for_stage(run, i) for i in range(len(run.stages))]
+    same = [replace(stage.validation, max_response_len=budget) == run.validation for stage in runs]
     return own, tuple(
-        own if stage.validation == run.validation else held_out_prompts(stage) for stage in runs
+        own if is_same else held_out_prompts(stage)
+        for stage, is_same in zip(runs, same, strict=True)
     )
 
 
@@ -196,10 +199,13 @@ class Kept:
         path, saved = out / "responses.jsonl", out / "protocol.json"
         out.mkdir(parents=True, exist_ok=True)
         if not saved.is_file():
-            if any(out.iterdir()):
+            if any(path.name != "protocol.json.tmp" for path in out.iterdir()):
                 raise ValueError(f"--out: {str(out)!r} holds something else; give a new directory.")
             write_json(saved, protocol)
-        there = json.loads(saved.read_text())
+        try:
+            there = json.loads(saved.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--out: {saved} is damaged ({error}); restore it.") from error
         other = [
             f"{key} ({there.get(key)!r} there, {value!r} here)"
             for key, value in protocol.items()
@@ -241,6 +247,7 @@ def evaluate_all(
 
     Raises:
       ValueError: a prompt is not what it was when its responses were kept.
+      RuntimeError: a verifier failed too often; the responses that it judged are not kept.
     """
     for prompt in prompts:
         if prompt.id in kept.done and kept.done[prompt.id].fingerprint != fingerprint(prompt):
@@ -255,6 +262,7 @@ def evaluate_all(
         missing = {prompt.id for prompt in batch if prompt.id not in kept.done}
         if missing:
             groups = respond(collector, params, batch, samples, run, 0, Timer())
+            refuse_broken_verifiers(groups, run.verifiers)
             new = [group for group in groups if group.prompt.id in missing]
             kept.add(records(new, collector.tokenizer))
         minutes = (time.monotonic() - begin) / 60
@@ -311,7 +319,10 @@ def by_paper(run: RunConfig, args: argparse.Namespace) -> RunConfig:
     changes: dict[str, Any] = {}
     if args.sets:
         changes = {**PAPER_RULE, "max_response_len": PAPER_LEN, "sources": {}, "prompts_per_set": 0}
-        changes |= {"sets": tuple(args.sets.split(",")), "directory": args.data}
+        changes |= {"sets": tuple(args.sets.split(","))}
+        changes |= {"directory": args.data or run.validation.directory}
+    elif args.data:
+        raise ValueError("--data: expected --sets, which it is the directory of; add them.")
     if args.samples is not None:
         changes["final_samples"] = args.samples
     if args.max_response_len is not None:
@@ -328,7 +339,14 @@ def fitted(run: RunConfig, model: Model) -> RunConfig:
     return replace(run, validation=replace(run.validation, max_response_len=room))
 
 
-def report(found: Sequence[Outcome], samples: int) -> str:
+def differences(run: RunConfig, samples: int) -> str:
+    """In what an evaluation is not by the paper's protocol."""
+    protocol = {**PAPER_RULE, "max_response_len": PAPER_LEN, "samples": 16, "prompts_per_set": 0}
+    ours = asdict(run.validation) | {"samples": samples}
+    return ", ".join(f"{k} {ours[k]} for {v}" for k, v in protocol.items() if ours[k] != v)
+
+
+def report(found: Sequence[Outcome], samples: int, run: RunConfig) -> str:
     """The tables as text."""
     table = summarise(found, levels=True)
     lines = [f"{'':34}prompts  avg@{samples:<4} 95% interval     pass@k and maj@k"]
@@ -346,9 +364,12 @@ def report(found: Sequence[Outcome], samples: int) -> str:
         )
     if faults := sum(len(o.lengths) - len(o.scores) for o in found):
         lines.append(f"{faults} responses were not scored: their verifiers failed")
+    other = differences(run, samples)
     for title, published in evaluation_sets.PUBLISHED.items():
-        ours = {name: table[f"source/{name}"] for name in published if f"source/{name}" in table}
+        there = [name for name in published if name in run.validation.sets]
+        ours = {name: table[f"source/{name}"] for name in there if f"source/{name}" in table}
         if ours:
+            lines += [f"\nnot by the paper's protocol: {other}"] if other else []
             lines.append(f"\n{title + ', %':44}ours  R1-Distill-1.5B  Nemotron-1.5B")
         for name, row in ours.items():
             base, trained = published[name]
@@ -387,7 +408,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(report(found, samples))
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(report(found, samples, run))
     return 0
 
 

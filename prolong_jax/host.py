@@ -83,7 +83,7 @@ class Host:
 
     def save(self, state: TrainState, checkpointer: Checkpointer) -> None:
         """Raises RuntimeError where this save cannot begin, or the one before it failed."""
-        begin, step, best = time.monotonic(), self.progress.step, self.progress.best
+        step, best = self.progress.step, self.progress.best
         try:
             checkpointer.save(step, state, self.to_dict(), None if best is None else best.step)
         except OSError as error:
@@ -91,10 +91,6 @@ class Host:
                 f"saving failed at step {step} ({error}); the newest whole checkpoint is of step "
                 f"{checkpointer.latest_step}; make room and start the same command again."
             ) from error
-        seconds = time.monotonic() - begin
-        self.wall_s += seconds
-        self.rl_wall_s += seconds
-        self.add_phases({"save": seconds})
 
     def count_skipped(self, updates: Sequence[Mapping[str, Any]]) -> None:
         for metrics in updates:

@@ -61,10 +61,15 @@ def _forget_after(path: Path, step: int) -> None:
 
 
 def _json_line(row: Mapping[str, Any]) -> str:
-    """A flat row as strict JSON: numpy numbers are plain ones, NaN and infinities are null."""
-    row = {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
-    lost = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-    return json.dumps(row | lost, allow_nan=False) + "\n"
+    """A row as strict JSON: numpy numbers are plain ones, NaN and infinities are null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(inner) for key, inner in value.items()}
+        value = value.item() if isinstance(value, np.generic) else value
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(row), allow_nan=False) + "\n"
 
 
 class Writer:

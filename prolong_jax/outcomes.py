@@ -26,6 +26,7 @@ BINARY_DOMAINS = ("math", "code", "stem")
 VOTING = ("math", "stem", "logic")  # verifiers of short answers: these have a maj@k
 EMBEDDED, OOD = "procedural", "reasoning_gym_ood"  # sources
 _NUMBER = re.compile(r"[+-]?[0-9]{1,40}(?:\.[0-9]{1,40}|/[1-9][0-9]{0,39})?")
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def vote_of(verifier: str, reference: Mapping[str, Any], response: str) -> str |
     found = {"math": math.last_boxed, "stem": math.last_boxed, "logic": logic.last_answer}
     answer = found[verifier](text) if verifier in found else None
     plain = "".join((answer or "").replace("{,}", ",").split())
-    number = plain.replace(",", "")
+    number = plain.replace(",", "") if _THOUSANDS.fullmatch(plain) else plain
     if verifier != "logic" and _NUMBER.fullmatch(number):
         return str(Fraction(number))
     return plain or None
@@ -124,6 +125,7 @@ def read_outcomes(path: Path, samples: int) -> tuple[list[Outcome], int]:
                 del record["prompt"], record["response"]  # they may be long, and are many
                 records.append(record)
                 complete = record["index"] == samples - 1
+                found += outcomes(records) if complete else []
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}: expected a response in line {number}, got {line[:60]!r}; remove it "
@@ -131,7 +133,6 @@ def read_outcomes(path: Path, samples: int) -> tuple[list[Outcome], int]:
                 ) from error
             end += len(line)
             if complete:
-                found += outcomes(records)
                 size, records = end, []
     return found, size
 

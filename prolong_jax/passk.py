@@ -37,8 +37,11 @@ path { fill: none; stroke: currentColor; stroke-width: 2; } circle { fill: curre
 """
 
 
-def read_evaluation(directory: Path) -> tuple[dict[str, Outcome], int]:
-    """The finished prompts of an evaluation by id, and its samples per prompt.
+OWN = ("model", "step", "weights_sha256", "samples", "seed", "dtype")  # of each policy's evaluation
+
+
+def read_evaluation(directory: Path) -> tuple[dict[str, Outcome], dict[str, Any]]:
+    """The finished prompts of an evaluation by id, and its protocol.
 
     Raises:
       ValueError: no evaluation there, or none of its prompts is finished.
@@ -49,11 +52,22 @@ def read_evaluation(directory: Path) -> tuple[dict[str, Outcome], int]:
             f"passk: expected a directory of prolong_jax.evaluate --out, but {str(directory)!r} "
             "has no protocol.json and responses.jsonl."
         )
-    samples = json.loads(protocol.read_text(encoding="utf-8"))["samples"]
-    found = {o.id: o for o in read_outcomes(responses, samples)[0] if len(o.scores)}
+    try:
+        told = json.loads(protocol.read_text(encoding="utf-8"))
+        found = {o.id: o for o in read_outcomes(responses, told["samples"])[0] if len(o.scores)}
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"passk: {str(protocol)!r} is damaged ({error}); restore it.") from error
     if not found:
         raise ValueError(f"passk: {str(responses)!r} has no finished prompt; evaluate further.")
-    return found, samples
+    return found, told
+
+
+def refuse_other_protocol(base: dict[str, Any], trained: dict[str, Any]) -> None:
+    """Raises ValueError where two evaluations sampled by different rules."""
+    keys = [key for key in base | trained if key not in OWN and base.get(key) != trained.get(key)]
+    if keys:
+        told = "; ".join(f"{key} {base.get(key)!r} and {trained.get(key)!r}" for key in keys)
+        raise ValueError(f"passk: the evaluations differ in {told}; evaluate both by one protocol.")
 
 
 def paired(base: dict[str, Outcome], trained: dict[str, Outcome]) -> list[Pair]:
@@ -171,7 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--svg", type=Path, help="file for the plot")
     args = parser.parse_args(argv)
     try:
-        (base, n), (trained, m) = map(read_evaluation, (args.base, args.trained))
+        (base, told), (trained, told_too) = map(read_evaluation, (args.base, args.trained))
+        refuse_other_protocol(told, told_too)
+        n, m = told["samples"], told_too["samples"]
         pairs = paired(base, trained)
         given = args.k.split(",") if args.k else powers_of_two(min(n, m))
         ks = sorted({int(k) for k in given if str(k).isdecimal() and 1 <= int(k) <= min(n, m)})

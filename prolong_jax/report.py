@@ -250,7 +250,7 @@ def overview(runs: Sequence[Run]) -> str:
         return [state, steps, *counts, f"{seconds / 60:.1f} min", f"{tokens:,.0f} tokens generated"]
 
     if len(runs) == 1:
-        return f"<p>{' · '.join(row(runs[0]))}</p>"
+        return f"<p>{text(' · '.join(row(runs[0])))}</p>"
     return _table(runs, ("", "", "", "", "", ""), lambda run: [row(run)])
 
 

@@ -96,10 +96,10 @@ def record_settings(run: RunConfig, workdir: Path, progress: Progress) -> None:
 def refuse_unfit_model(run: RunConfig, model: Model, tokenizer: ChatTokenizer) -> None:
     """Raises ValueError where the model has too few positions or tokens."""
     for index in range(len(run.stages)):
-        rollout = for_stage(run, index).rollout
+        rollout, validation = for_stage(run, index).rollout, for_stage(run, index).validation
         lens = {
             "rollout.max_response_len": rollout.max_response_len,
-            "validation.max_response_len": run.validation.max_response_len,
+            "validation.max_response_len": validation.max_response_len,
         }
         for name, length in lens.items():
             longest = rollout.max_prompt_len + length

@@ -249,10 +249,9 @@ def is_finished(run: RunConfig, host: Host) -> bool:
 
 def loop(setup: Setup, state: TrainState, host: Host, outside: Outside) -> TrainState:
     """Trains until the run is finished or to be stopped; saves in either case."""
-    run, checkpointer = setup.run, outside.checkpointer
+    run, checkpointer, timer = setup.run, outside.checkpointer, Timer()
     while not is_finished(run, host) and not outside.stop.agreed():
         processes.watch(run.mesh.watchdog_s)
-        timer = Timer()
         if not host.base:
             score_base(setup, state, host, outside, timer)
 
@@ -284,7 +283,8 @@ def loop(setup: Setup, state: TrainState, host: Host, outside: Outside) -> Train
         is_best = evaluation is not None and host.progress.best == evaluation
         is_best = is_best and run.checkpoint.keep_best
         if step % run.checkpoint.every == 0 or is_best or "save" in request:
-            host.save(state, checkpointer)
+            with timer("save"):  # told in the next row
+                host.save(state, checkpointer)
     if host.progress.step > 0 and checkpointer.latest_step != host.progress.step:
         host.save(state, checkpointer)
     processes.watch(0)

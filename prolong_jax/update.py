@@ -144,7 +144,9 @@ def make_update(
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
         metrics = _divided(total, statistics, highest) | {"grad_norm": norm}
         metrics["learning_rate"] = learning_rate(opt_state)
-        metrics["flops_per_token"] = jnp.float32(6.0 * optax.tree.size(state.params))
+        weights = optax.tree.size(state.params)  # an embedding that is no head multiplies nothing
+        weights -= 0 if model.head_name == "embed" else optax.tree.size(state.params["embed"])
+        metrics["flops_per_token"] = jnp.float32(6.0 * weights)
         metrics["skipped_nonfinite"] = (~finite).astype(jnp.float32)
         return state, {f"update/{name}": value for name, value in metrics.items()}
 

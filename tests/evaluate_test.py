@@ -176,6 +176,8 @@ def test_majority_of_responses():
     [
         ("math", r"a</think>\boxed{1{,}000 }", "1000"),
         ("math", r"\boxed{1,000}", "1000"),
+        ("math", r"\boxed{1,2}", "1,2"),
+        ("math", r"\boxed{3,4,5}", "3,4,5"),
         ("math", r"\boxed{ 2/4 }", "1/2"),
         ("math", r"\boxed{1/0}", "1/0"),
         ("math", r"\boxed{x + 1}", "x+1"),

@@ -16,6 +16,7 @@ import pytest
 from prolong_jax import train
 from prolong_jax.config import DOMAINS, TINY_BASE, VerifierSettings
 from prolong_jax.groups import refuse_broken_verifiers
+from prolong_jax.host import PHASES
 from prolong_jax.metrics import VALIDATION_SETS, read_rows
 from prolong_jax.verifiers import math
 from tests.rollout_test import group
@@ -114,7 +115,7 @@ def test_metrics_of_the_first_step_and_after_a_reset(whole):
 
 # Names of the table that a run on a CPU, with the resets that there are, need not write.
 SELDOM = {"reset/what", "reset/values", "mfu"}
-PLACES = {"DOMAIN": "|".join(DOMAINS), "VERIFIER": r"\w+", "PHASE": r"[a-z]+"}
+PLACES = {"DOMAIN": "|".join(DOMAINS), "VERIFIER": r"\w+", "PHASE": "|".join(PHASES)}
 PLACES |= {"SET": "|".join(VALIDATION_SETS), "@K": r"@\d+"}
 
 

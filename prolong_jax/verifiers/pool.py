@@ -239,7 +239,7 @@ class Pool:
         """Gets and delivers the verdict of one item, from a second worker if the first one dies."""
         start = time.monotonic()
         try:
-            self._worker(index, (job.verifier,))
+            self._ready(index, job)
             start = time.monotonic()
             try:
                 verdict = self._ask(index, job)
@@ -254,8 +254,16 @@ class Pool:
         self._note(job, verdict, time.monotonic() - start)
         job.done.put((job.item_id, verdict))
 
+    def _ready(self, index: int, job: _Job) -> "_Worker":
+        """A worker that has loaded the item's verifier, another one if the first dies meanwhile."""
+        try:
+            return self._worker(index, (job.verifier,))
+        except _DiedError:
+            self._discard(index)
+            return self._worker(index, (job.verifier,))
+
     def _ask(self, index: int, job: _Job) -> Verdict:
-        worker = self._worker(index, (job.verifier,))
+        worker = self._ready(index, job)
         return worker.ask(job.message, self._time_limit_s)  # the deadline counts from here
 
     def _note(self, job: _Job, verdict: Verdict, busy_s: float) -> None:
