@@ -60,7 +60,7 @@ BUGS = (
     Bug(
         "reference not reset",
         "prolong_jax/update.py",
-        "state = replace(state, ref_params=ref_params)",
+        "state = replace(state, ref_params=jax.tree.map(jnp.copy, params))",
         "state = replace(state, ref_params=state.ref_params)",
         "tests/update_test.py",
     ),
@@ -129,8 +129,8 @@ BUGS = (
     ),
     Bug(
         "data cursor not saved",
-        "prolong_jax/train.py",
-        'Cursor(Position(**values["cursor"]["position"]), surplus)',
+        "prolong_jax/host.py",
+        'Cursor(Position(**cursor["position"]), surplus)',
         "Cursor(Position(), surplus)",
         "tests/train_test.py",
     ),
