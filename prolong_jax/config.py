@@ -363,7 +363,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _set(values, override)
     preset = values.get("preset", "")
-    _require_one_of("preset", preset, ("", *PRESETS))
+    if preset:
+        _require_one_of("preset", preset, tuple(PRESETS))
     run = build(RunConfig, _filled(values, PRESETS[preset]) if preset else values)
     check(run)
     return run

@@ -34,7 +34,7 @@ BoolBT = Bool[Array, "B T"]
 Objective = Callable[..., tuple[Mean, dict[str, Mean]]]
 
 # Nats, dense at 0: where the distribution of log-ratios is read, for its quantiles.
-EDGES = RATIO_LIMIT * np.sinh(np.linspace(-9.0, 9.0, 73)) / np.sinh(9.0)
+EDGES = RATIO_LIMIT * np.sinh(np.linspace(-9.0, 9.0, 145)) / np.sinh(9.0)
 
 
 # --- policy losses -------------------------------------------------------------------------------

@@ -54,7 +54,8 @@ SHARES = ("reward/", "validation/", "response/terminated")  # drawn on an axis f
 SETTINGS = (
     *("model.path", "total_steps", "seed", "rollout.prompts_per_step", "rollout.group_size"),
     *("rollout.max_response_len", "rollout.temperature", "loss.clip_low", "loss.clip_high"),
-    *("loss.kl_coef", "loss.kl_estimator", "optimizer.learning_rate", "update.num_minibatches"),
+    *("loss.policy_loss", "loss.kl_coef", "loss.kl_estimator", "advantage.estimator"),
+    *("optimizer.learning_rate", "update.num_minibatches"),
 )
 
 

@@ -34,12 +34,7 @@ from prolong_jax.control import Control
 from prolong_jax.data.mixture import Sources, next_prompts, open_sources, record
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.evaluate import evaluate, held_out_by_stage, validation_metrics
-from prolong_jax.groups import (
-    conversations,
-    refuse_broken_verifiers,
-    sample_rows,
-    statistics,
-)
+from prolong_jax.groups import conversations, refuse_broken_verifiers, sample_rows, statistics
 from prolong_jax.host import Host, combined, report_row
 from prolong_jax.mesh import make_mesh
 from prolong_jax.metrics import Progress, Writer, final_table, open_writer

@@ -7,6 +7,7 @@ an argument of the compiled programs, so that one compilation serves every step.
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,33 @@ def _divided(total: Mean, sums: dict[str, Mean], highest: dict[str, Array]) -> d
     return means | highest | least
 
 
+def _flops_per_token(model: Model, params: PyTree) -> Array:
+    """Of a forward and a backward pass, without attention."""
+    weights = optax.tree.size(params)  # an embedding that is no head multiplies nothing
+    weights -= 0 if model.head_name == "embed" else optax.tree.size(params["embed"])
+    return jnp.float32(6.0 * weights)
+
+
+def _gradient_of_total(
+    model: Model, mesh: Mesh, loss: LossSettings, temperature: float, on_policy: bool
+) -> Callable[..., tuple[PyTree, Any]]:
+    """(params, rows, sum of gradients so far, entropy_coef) -> gradient, and sums and maxima."""
+    local_sums = partial(_local_sums, make_objective(**asdict(loss)))
+    specs = (ROWS, ROWS, ROWS, P())
+    global_sums = jax.shard_map(local_sums, mesh=mesh, in_specs=specs, out_specs=P())
+
+    def objective(params: PyTree, rows: Batch, grads: PyTree, entropy_coef: Array):
+        logp_BT, entropy_BT = token_logprobs(model, params, rows, temperature, grads)
+        if on_policy:
+            rows = replace(rows, old_logp=jax.lax.stop_gradient(logp_BT))
+        if not (loss.entropy_coef or loss.entropy_target):
+            entropy_BT = jax.lax.stop_gradient(entropy_BT)  # is cheaper
+        means, highest = global_sums(logp_BT, entropy_BT, rows, entropy_coef)
+        return means[0].total, (means, highest)
+
+    return jax.grad(objective, has_aux=True)
+
+
 def make_update(
     model: Model,
     optimizer: optax.GradientTransformation,
@@ -113,21 +141,7 @@ def make_update(
     `on_policy`: the batch is the only one of its step, so that the policy before the step's updates
     is the one at hand and its logprobs need not be in the batch.
     """
-
-    local_sums = partial(_local_sums, make_objective(**asdict(loss)))
-    specs = (ROWS, ROWS, ROWS, P())
-    global_sums = jax.shard_map(local_sums, mesh=mesh, in_specs=specs, out_specs=P())
-
-    def objective(params: PyTree, rows: Batch, grads: PyTree, entropy_coef: Array):
-        logp_BT, entropy_BT = token_logprobs(model, params, rows, temperature, grads)
-        if on_policy:
-            rows = replace(rows, old_logp=jax.lax.stop_gradient(logp_BT))
-        if not (loss.entropy_coef or loss.entropy_target):
-            entropy_BT = jax.lax.stop_gradient(entropy_BT)  # is cheaper
-        means, highest = global_sums(logp_BT, entropy_BT, rows, entropy_coef)
-        return means[0].total, (means, highest)
-
-    gradient = jax.grad(objective, has_aux=True)
+    gradient = _gradient_of_total(model, mesh, loss, temperature, on_policy)
 
     def update(
         state: TrainState,
@@ -158,9 +172,7 @@ def make_update(
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
         metrics = _divided(total, statistics, highest) | {"grad_norm": norm}
         metrics["learning_rate"] = learning_rate(opt_state)
-        weights = optax.tree.size(state.params)  # an embedding that is no head multiplies nothing
-        weights -= 0 if model.head_name == "embed" else optax.tree.size(state.params["embed"])
-        metrics["flops_per_token"] = jnp.float32(6.0 * weights)
+        metrics["flops_per_token"] = _flops_per_token(model, state.params)
         metrics["skipped_nonfinite"] = (~finite).astype(jnp.float32)
         return state, {f"update/{name}": value for name, value in metrics.items()}
 

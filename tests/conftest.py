@@ -6,7 +6,8 @@ import tempfile
 
 # Shapes and dtypes of these pure modules are checked on every call. The others are left alone:
 # their checks would be traced into every compiled program.
-SHAPE_CHECKED = ["prolong_jax.masked", "prolong_jax.losses", "prolong_jax.advantages"]
+PURE = ("masked", "sequences", "losses", "objectives", "advantages", "shaping")
+SHAPE_CHECKED = [f"prolong_jax.{name}" for name in PURE]
 
 
 def pytest_configure(config):

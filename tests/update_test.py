@@ -147,7 +147,7 @@ def test_gradient_is_that_of_the_written_formula(reference):
                 ratio * c.advantage,
                 jnp.clip(ratio, 1 - LOSS.clip_low, 1 + LOSS.clip_high) * c.advantage,
             )
-            tis = jnp.minimum(jnp.exp(old - c.sampler_logp), LOSS.tis_cap)
+            tis = jnp.minimum(jnp.exp(old - c.sampler_logp), LOSS.is_high)
             total += (-tis * surrogate + LOSS.kl_coef * (jnp.exp(d) - d - 1)).sum()
             count += len(c.response)
         return total / count
