@@ -9,7 +9,7 @@ that is resumed, or replayed over its metrics, decides the same:
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from prolong_jax.config import ResetSettings, RunConfig, for_stage
+from prolong_jax.config import ResetSettings, RunConfig, alike, for_stage
 from prolong_jax.reset_rules import AFTER_EVALUATION, RULES, Evaluation, History, Values, extended
 
 REQUESTS = ("reset", "advance", "evaluate", "save", "stop")  # what a person may ask for
@@ -122,7 +122,7 @@ def apply(
     if decision.advance:
         before = for_stage(run, progress.stage).validation
         progress = replace(progress, stage=progress.stage + 1, stage_start=progress.step)
-        if for_stage(run, progress.stage).validation != before:
+        if not alike(for_stage(run, progress.stage).validation, before):
             progress, history = replace(progress, best=None), replace(history, evaluations=())
     return progress, history
 
