@@ -25,20 +25,20 @@ def get_config() -> ConfigDict:
             "total_steps": 1500,
             "model": {"dtype": "float32", "remat": "none"},
             "rollout": {
-                "prompts_per_step": 8,
+                "prompts_per_step": 4,
                 "group_size": 8,
                 "temperature": 1.0,
                 "max_prompt_len": 64,
                 "max_response_len": 128,
-                "sample_rows": 64,
-                "cache_lens": 4,
+                "sample_rows": 32,
+                "cache_lens": 2,
                 "compile_ahead": True,
                 "max_sampling_rounds": 2,
             },
             "loss": {"kl_coef": 1e-3},
             "optimizer": {"learning_rate": 1e-4, "warmup_steps": 8},
             "update": {"micro_batch_rows": 1, "row_len": 580, "num_minibatches": 2},
-            "validation": {"every": 25, "prompts_per_level": 8, "temperature": 1.0, "top_p": 1.0},
+            "validation": {"every": 25, "prompts_per_level": 4, "temperature": 1.0, "top_p": 1.0},
             "checkpoint": {"every": 50, "keep_every": 400},
             "stages": [
                 {
@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
                     "name": "larger groups",
                     "steps": 250,
                     "reset": {**rules},
-                    "overrides": {"rollout.group_size": 16, "rollout.prompts_per_step": 4},
+                    "overrides": {"rollout.group_size": 16, "rollout.prompts_per_step": 2},
                 },
                 {
                     "name": "weak domains, reference alone",
