@@ -86,8 +86,8 @@ def decide(
 ) -> Decision:
     """What to do before the next step: at most one reset.
 
-    What a person asks for goes first, then the stage's rules, then the start of the next stage. In
-    the cool-down no rule resets; a person and a stage's start still do.
+    What a person asks for goes first, then the stage's rules, none of them in the cool-down, then
+    the start of the next stage, which says what is reset even where another reason led to it.
 
     Args:
       run: settings of all stages.
@@ -102,8 +102,8 @@ def decide(
         reason, values = "hand", {}
     if is_over and is_last and "advance" not in request:
         return Decision(finish=True)
-    if is_over and not is_last and not reason and run.stages[progress.stage + 1].reset_at_start:
-        rule, reason = run.stages[progress.stage + 1].reset, "stage"
+    if is_over and not is_last and run.stages[progress.stage + 1].reset_at_start:
+        rule, reason = run.stages[progress.stage + 1].reset, reason or "stage"
     if not reason:
         return Decision(advance=is_over and not is_last)
     return Decision(reason, values, rule.reference, rule.optimizer, advance=is_over and not is_last)

@@ -214,6 +214,7 @@ def test_two_processes_evaluate_like_one(tmp_path):
 
     def arguments(name, mesh):
         more = [f"--config.mesh.{key}={value}" for key, value in mesh.items()]
+        more += ["--config.update.micro_batch_rows=4", "--config.rollout.sample_rows=4"]
         return evaluate_test.arguments(tmp_path, tmp_path / name, *more, "--sets=aime24")
 
     def of_both(name):
