@@ -142,9 +142,9 @@ class Checkpointer:
             self._ended.set()
             if self._checker is not None:
                 self._checker.join()
-                for sums in self._sums(0).parent.glob("*.json"):  # of those that are not kept
-                    if not (self._directory / sums.stem).exists():
-                        sums.unlink()
+                all_sums = self._sums(0).parent.glob("*.json")
+                for gone in (s for s in all_sums if not (self._directory / s.stem).exists()):
+                    gone.unlink()
 
     def resume(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole checkpoint, with the shapes and shardings of `like`; None: there is none.
