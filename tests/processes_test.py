@@ -264,6 +264,21 @@ def test_the_watchdog_dumps_stacks_and_the_run_goes_on():
     assert "in stuck_step" in result.stderr
 
 
+def test_memory_that_malloc_keeps_is_given_back():
+    """Of 100 MB in small blocks, all but every hundredth block is freed."""
+    result = run_code(
+        "from prolong_jax import processes\n"
+        "def used(): return processes.usage(processes.Timer())['memory/rss_mb']\n"
+        "blocks = [bytes(50_000) for _ in range(2000)]\n"
+        "few, full = blocks[::100], used()\n"
+        "del blocks\n"
+        "kept = used()\n"
+        "processes.give_back_memory()\n"
+        "print(full - kept < 50, full - used() > 70)\n"
+    )
+    assert result.stdout == "True True\n", result
+
+
 START = """
 from prolong_jax import processes
 from prolong_jax.config import MeshSettings
