@@ -263,6 +263,8 @@ class RunConfig:
 MAY_CHANGE = ("total_steps", "mesh", "metrics", "checkpoint", "verifiers")
 MAY_CHANGE += ("rollout.compile_ahead",)
 NEVER_CHANGE = ("seed", "model.path", "model.random")
+# Evaluations that differ in these validation settings alone are compared with one another.
+COMPARABLE = ("every", "samples", "final_samples")
 _OVERRIDABLE = ("rollout", "loss", "advantage", "shaping", "optimizer", "update", "validation")
 # What the settings may be, as the tables of objectives.py and advantages.py have it.
 POLICY_LOSSES = (
@@ -343,6 +345,11 @@ def for_stage(run: RunConfig, index: int) -> RunConfig:
     constant, longest = values["loss"]["token_constant"], rollout["max_response_len"]
     values["loss"]["token_constant"] = constant or float(longest)
     return build(RunConfig, values)
+
+
+def alike(one: ValidationSettings, other: ValidationSettings) -> bool:
+    """Whether evaluations ask the same prompts and sample in the same way."""
+    return one == dataclasses.replace(other, **{name: getattr(one, name) for name in COMPARABLE})
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -94,6 +94,7 @@ class Host:
                 f"saving failed at step {step} ({error}); the newest whole checkpoint is of step "
                 f"{checkpointer.latest_step}; make room and start the same command again."
             ) from error
+        processes.give_back_memory()  # what steps of other sizes have left
 
     def count_skipped(self, updates: Sequence[Mapping[str, Any]]) -> None:
         for metrics in updates:

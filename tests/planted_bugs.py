@@ -132,7 +132,45 @@ BUGS = (
         "prolong_jax/host.py",
         'Cursor(Position(**cursor["position"]), surplus)',
         "Cursor(Position(), surplus)",
+        "tests/host_test.py tests/train_test.py",
+    ),
+    Bug(
+        "what the reset rules have seen not saved",
+        "prolong_jax/host.py",
+        '"history": History(**known),',
+        '"history": History(),',
+        "tests/host_test.py",
+    ),
+    Bug(
+        "reference not restored",
+        "prolong_jax/train.py",
+        "state, host = restored[0], Host.from_dict(restored[1])",
+        "state, host = restored[0], Host.from_dict(restored[1])\n"
+        "        state = TrainState(state.params, state.params, state.opt_state)",
         "tests/train_test.py",
+    ),
+    Bug(
+        "optimizer not restored",
+        "prolong_jax/train.py",
+        "state, host = restored[0], Host.from_dict(restored[1])",
+        "state, host = restored[0], Host.from_dict(restored[1])\n"
+        "        state = TrainState(state.params, state.ref_params, initial_state(run, "
+        "state.params).opt_state)",
+        "tests/train_test.py",
+    ),
+    Bug(
+        "a flipped bit in a checkpoint is taken",
+        "prolong_jax/checkpoint.py",
+        "if found[name] != [size, digest]:",
+        "if found[name][0] != size:",
+        "tests/checkpoint_test.py",
+    ),
+    Bug(
+        "cool-down ignored",
+        "prolong_jax/stages.py",
+        "since < rule.cooldown:",
+        "since < 0:",
+        "tests/stages_test.py",
     ),
 )
 
