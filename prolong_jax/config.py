@@ -140,6 +140,7 @@ class SourceSettings:
     split: str = ""
     domain: str = ""  # what the rows count as; "": what the format says
     only: str = ""  # keep the rows of this domain or data_source
+    verifier: str = ""  # module with `verify` and `EXAMPLE`; "": that of the domain
     fields: Mapping[str, str] = field(default_factory=dict)  # the format's name: the data's name
     special_judge: str = ""  # JSON lines {"idx", "special_judge"}, by id or else row number
     pass_rates: str = ""  # JSON lines {"id", "pass_rate"}; rows without a record are kept
@@ -686,6 +687,14 @@ def _check_objective(run: RunConfig) -> None:
         "shaping.ngram_coef": shaping.ngram_coef,
     }.items():
         _require(0 <= value < math.inf, f"{name!r} must be 0 or more, got {value}.")
+
+
+def verifiers(run: RunConfig) -> list[str]:
+    """The verifiers that score a run: those of the domains, and those that its sources name."""
+    stages = [for_stage(run, i) for i in range(len(run.stages))]
+    tables = [run.data.sources, *(stage.validation.sources for stage in [run, *stages])]
+    own = {source.verifier for table in tables for source in table.values()}
+    return [*DOMAINS, *sorted(own - {"", *DOMAINS})]
 
 
 def packing(run: RunConfig) -> dict[str, int]:

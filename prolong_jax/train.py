@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 from prolong_jax import processes, stages
 from prolong_jax.checkpoint import Checkpointer, params_sha256
 from prolong_jax.config import (
-    DOMAINS,
     LossSettings,
     OptimizerSettings,
     RunConfig,
@@ -29,6 +28,7 @@ from prolong_jax.config import (
     parse,
     row_layout,
     to_dict,
+    verifiers,
 )
 from prolong_jax.control import Control
 from prolong_jax.data.mixture import Sources, next_prompts, open_sources, record
@@ -189,7 +189,7 @@ def train(run: RunConfig, workdir: Path, allow_changes: bool = False) -> int:
     sources = open_sources(run, lambda prompt: prompt_len(prompt, tokenizer, run))
     name = "faults.jsonl" if processes.is_first() else f"faults_{jax.process_index()}.jsonl"
     with sole_user(workdir), open_pool(run.verifiers, workdir / name) as pool:
-        pool.check(DOMAINS)
+        pool.check(verifiers(run))
         processes.keep_compilations(workdir / "compiled")
         collector = Collector(model, mesh, tokenizer, pool, run.seed)
         for_training(model, mesh, run.model)  # refuses attention that the platform does not have

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from prolong_jax.config import (
+    DOMAINS,
     LossSettings,
     RunConfig,
     build,
@@ -13,6 +14,7 @@ from prolong_jax.config import (
     refuse_other,
     row_layout,
     to_dict,
+    verifiers,
 )
 from prolong_jax.presets import PRESETS
 
@@ -120,6 +122,15 @@ def test_stage_overrides_apply_to_their_stage_only():
     run = load(TINY, ["stages.1.overrides={'loss.kl_coef': 0.5, 'rollout.group_size': 4}"])
     assert for_stage(run, 1).loss.kl_coef == 0.5 and for_stage(run, 1).rollout.group_size == 4
     assert for_stage(run, 0).loss.kl_coef == run.loss.kl_coef != 0.5
+
+
+def test_verifiers_of_all_sources_are_asked_for():
+    named = "data.sources.x.path=x", "data.sources.x.verifier=mine", "validation.sources.y.path=y"
+    later = (
+        "stages=[{'overrides': {'validation.sources': {'y': {'path': 'y', 'verifier': 'his'}}}}]"
+    )
+    assert verifiers(load(TINY, [*named, later])) == [*DOMAINS, "his", "mine"]
+    assert verifiers(load(TINY)) == [*DOMAINS]
 
 
 def test_a_workdir_of_another_run_is_refused():
