@@ -110,9 +110,11 @@ class Host:
 
     def adapt_entropy(self, loss: LossSettings, entropy: float | None) -> None:
         """Takes note of a step's entropy; None where nothing was trained on."""
-        if loss.entropy_target == 0 or entropy is None:
+        if entropy is None:
             return
         self.entropy = entropy
+        if loss.entropy_target == 0:
+            return
         self.entropy_shift = adapted_entropy_shift(
             self.entropy_shift,
             entropy,

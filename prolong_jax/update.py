@@ -79,8 +79,7 @@ def _local_sums(
     ratio_BT = importance_ratio(jax.lax.stop_gradient(logp_BT), rows.old_logp)
     highest = {"ratio_max": ratio_BT, "ratio_min": 1.0 / ratio_BT}
     highest |= {"advantage_max": rows.advantage, "advantage_min": -rows.advantage}
-    # Maxima start at 0, which none is below: the advantages of a group add up to 0.
-    highest = {k: jnp.where(rows.mask, x_BT, 0.0).max() for k, x_BT in highest.items()}
+    highest = {k: jnp.where(rows.mask, x_BT, -jnp.inf).max() for k, x_BT in highest.items()}
     return jax.lax.psum(sums, ROW_AXES), jax.lax.pmax(highest, ROW_AXES)
 
 
@@ -159,10 +158,13 @@ def make_update(
             return grads, (means, jax.tree.map(jnp.maximum, highest, higher))
 
         first = _micro_batch(batch, jnp.int32(0))
-        start = _zeros(jax.eval_shape(gradient, state.params, first, state.params, entropy_coef))
+        shapes = jax.eval_shape(gradient, state.params, first, state.params, entropy_coef)
+        grads, (means, highest) = _zeros(shapes)
+        start = grads, (means, jax.tree.map(lambda x: x - jnp.inf, highest))
         grads, aux = jax.lax.fori_loop(0, num_micro_batches, added, start)
         (total, statistics), highest = aux
-        grads = jax.tree.map(lambda g: g / jnp.maximum(total.weight, 1.0), grads)
+        weight = jnp.where(total.weight == 0, 1.0, total.weight)
+        grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         stepped = replace(

@@ -77,6 +77,11 @@ def test_round_trip():
         ("shaping.length_min=1.0", "'shaping.length_min' must be at most shaping.length_max"),
         ("shaping.ngram_coef=-1.0", "'shaping.ngram_coef' must be 0 or more"),
         ("advantage.correct_boost=0.0", "'advantage.correct_boost' must be greater than 0"),
+        ("loss.entropy_target=0.3 loss.entropy_step=0.0", "'loss.entropy_step' must be above 0"),
+        ("shaping.ngram_coef=0.5", "'shaping.ngram_coef' needs shaping.ngram_size"),
+        ("shaping.length_off=500", "'shaping.length_off' needs shaping.length_on"),
+        ("shaping.stop_properly=-1e999", "'shaping.stop_properly' must be at most 1, got -inf"),
+        ("preset=dapo loss=5", "'loss' expects LossSettings, got 5"),
         ("preset=dappo", "'preset' must be grpo, dapo"),
         ("model.dtype=float16", "'model.dtype' must be float32 or bfloat16"),
         ("metrics.wandb=yes", "'metrics.wandb' must be off, offline or online"),
@@ -105,7 +110,9 @@ def test_round_trip():
 )
 def test_bad_settings_are_refused_in_one_sentence(override, message):
     with pytest.raises(ValueError) as error:
-        load(TINY, [override])
+        load(
+            TINY, override.split(" ") if override.startswith(("loss.ent", "preset")) else [override]
+        )
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -208,7 +215,7 @@ def test_the_eight_runs_of_prorl():
     assert brorl.optimizer.learning_rate == pytest.approx(2e-6 * 8**0.5)
 
 
-def test_a_preset_fills_in_what_nobody_states(tmp_path):
+def test_a_preset_of_a_file_fills_in_what_the_file_does_not_state(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(
         "def get_config():\n"
@@ -219,22 +226,26 @@ def test_a_preset_fills_in_what_nobody_states(tmp_path):
     assert (run.loss.correction, run.rollout.dynamic_sampling) == ("none", True)
     assert (run.shaping.stop_properly, run.shaping.overlong_buffer) == (0.0, 0.2)
     assert build(RunConfig, to_dict(run)) == run  # as a workdir keeps it
-    other = load(path, ["preset=gspo"])
-    assert (other.loss.policy_loss, other.shaping.overlong_buffer) == ("gspo", 0.0)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_a_run_that_can_start(name):
+def test_a_preset_of_the_command_line_replaces_what_the_file_states(name):
+    assert load(TINY).loss.kl_coef == 1e-3
     run = load(TINY, [f"preset={name}", "rollout.group_size=8"])
-    stated = {field.name for field in dataclasses.fields(LossSettings)}
-    assert PRESETS[name]["loss"].keys() == stated  # so that an objective needs nothing else
-    for key, value in PRESETS[name]["advantage"].items():
-        assert getattr(run.advantage, key) == value
+    assert PRESETS[name]["loss"].keys() == {f.name for f in dataclasses.fields(LossSettings)}
+    for section, settings in PRESETS[name].items():
+        for key, value in settings.items():
+            if key != "group_size":
+                assert getattr(getattr(run, section), key) == value
+    assert run.rollout.group_size == 8
+    changed = load(TINY, ["loss.kl_coef=0.7", f"preset={name}", "rollout.group_size=8"])
+    assert changed == dataclasses.replace(run, loss=dataclasses.replace(run.loss, kl_coef=0.7))
 
 
 def test_preset_prorl_v1_is_what_the_defaults_are():
-    loss = PRESETS["prorl_v1"]["loss"] | {"entropy_step": LossSettings().entropy_step}
-    assert build(LossSettings, loss) == LossSettings()
+    for section, settings in PRESETS["prorl_v1"].items():
+        own = dataclasses.asdict(getattr(RunConfig(), section))
+        assert {key: own[key] for key in settings} == settings
 
 
 def test_a_sum_over_a_constant_takes_the_longest_response():

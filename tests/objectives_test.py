@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def name_of(settings):
     return "-".join(map(str, settings.values())) if len(settings) < 4 else settings["policy_loss"]
 
 
-def random_case(seed, num_rows=4, spread=1.0):
+def random_case(seed, num_rows=4, spread=1.0) -> tuple[dict[str, Any], Any, Any]:
     """Arrays f64 [B, T] by name, mask and segments of packed rows; ratios on both sides of all bounds.
 
     The last row is empty, and one response has a hole.
@@ -262,6 +263,7 @@ def test_settings_and_tables_have_the_same_names():
     assert tuple(objectives.CORRECTIONS) == config.CORRECTIONS
     assert tuple(objectives.AGGREGATIONS) == config.AGGREGATIONS
     assert {f.name for f in dataclasses.fields(config.LossSettings)} == set(SETTINGS)
+    assert set(objectives.SETTINGS) == set(SETTINGS)
 
 
 # --- by hand -------------------------------------------------------------------------------------
@@ -552,6 +554,8 @@ def test_k1_as_a_loss_is_refused_with_the_reason():
         ({"correction": "is"}, "correction: expected one of none, tis"),
         ({"aggregation": "mean"}, "aggregation: expected one of token_mean"),
         ({"kl_estimator": "k4"}, "kl_estimator: expected one of k1, k2, k3"),
+        ({"kl_estimator": "k1", "kl_in": "Reward"}, "kl_in: expected loss or reward, got 'Reward'"),
+        ({"clip_hgh": 9}, r"expected the settings policy_loss.*see \['clip_hgh'\]"),
         (
             {"aggregation": "token_sum_over_constant", "token_constant": 0.0},
             "token_constant: must be above 0 with token_sum_over_constant, got 0.0",
@@ -569,6 +573,7 @@ def test_the_coefficient_of_the_entropy_adapts():
         settings = {"coef": 0.01, "target": 0.2}
         shift = objectives.adapted_entropy_shift(shift, entropy, **settings, step=0.01)
         seen.append(objectives.adapted_entropy_coef(shift, entropy, **settings))
+    assert objectives.adapted_entropy_coef(-0.1, 0.0, coef=0.01, target=0.2) == 0  # never a penalty
     # Up twice from 0.01; off while the entropy is above the target, down to 0 meanwhile; up again.
     np.testing.assert_allclose(seen, [0.02, 0.03, 0.0, 0.0, 0.0, 0.0, 0.01], atol=1e-12)
 
@@ -576,19 +581,41 @@ def test_the_coefficient_of_the_entropy_adapts():
 # --- what is told --------------------------------------------------------------------------------
 
 
-def test_statistics_equal_the_loop():
+def clipped_by_hand(name, ratio, advantage):
+    """Tokens that the lower and the upper bound clip, from the gradient that is left."""
+    good, bad = advantage > 0, advantage < 0
+    low, high = (math.exp(-0.2), math.exp(0.4)) if name == "gmpo" else (0.8, 1.4)
+    if name in ("sapo", "reinforce"):
+        return 0 * ratio, 0 * ratio
+    if name == "cispo":
+        return ratio < low, ratio > high
+    dual = (ratio > 3.0) & bad if name == "dual_clip" else False
+    return (ratio < low) & bad, ((ratio > high) & good) | dual
+
+
+@pytest.mark.parametrize("name", objectives.POLICY_LOSSES)
+def test_statistics_equal_the_loop(name):
     case, mask_BT, segments_BT = random_case(8)
-    (_, (_, statistics)), _ = value_and_gradients({}, *on_device(case, mask_BT, segments_BT))
+    settings = {"policy_loss": name}
+    (_, (_, statistics)), _ = value_and_gradients(settings, *on_device(case, mask_BT, segments_BT))
     now, old, ref, sampler, advantage, entropy = (
         case[k][mask_BT]
-        for k in ("logp", "old_logp", "ref_logp", "sampler_logp") + ARRAYS[5:] + ARRAYS[1:2]
+        for k in ("logp", "old_logp", "ref_logp", "sampler_logp", "advantage", "entropy")
     )
     ratio, raw = np.exp(now - old), np.exp(old - sampler)
+    if name in objectives.RATIOS:
+        rows, numbers = np.nonzero(mask_BT)[0], segments_BT[mask_BT]
+        logratio, where = now - old, list(zip(rows, numbers, strict=True))
+        ratio = np.array(
+            [
+                np.exp(np.mean([x for x, w in zip(logratio, where, strict=True) if w == at]))
+                for at in where
+            ]
+        )
     weight = np.clip(raw, 0.7, 1.3)
-    surrogate_ = -np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.4) * advantage)
+    low, high = clipped_by_hand(name, ratio, advantage)
     k3 = [loop_kl("k3", a, b) for a, b in zip(now, ref, strict=True)]
     expected = {
-        "policy_loss": weight * surrogate_,
         "kl_loss": 0.05 * np.array(k3),
         "kl_ref": k3,
         "kl_ref_k1": now - ref,
@@ -601,16 +628,27 @@ def test_statistics_equal_the_loop():
         "advantage_square": advantage**2,
         "ratio": ratio,
         "ratio_deviation": np.abs(ratio - 1),
-        "clip_fraction_low": (ratio < 0.8) & (advantage < 0),
-        "clip_fraction_high": (ratio > 1.4) & (advantage > 0),
+        "clip_fraction_low": low,
+        "clip_fraction_high": high,
         "is_logratio_below": (old - sampler)[:, None] <= objectives.EDGES,
     }
-    assert statistics.keys() == expected.keys()
-    for name, values in expected.items():
-        assert statistics[name].weight == mask_BT.sum()
+    assert statistics.keys() - {"policy_loss"} == expected.keys()
+    for key, values in expected.items():
+        assert statistics[key].weight == mask_BT.sum()
         np.testing.assert_allclose(
-            statistics[name].total, np.sum(values, axis=0), rtol=1e-4, atol=1e-5, err_msg=name
+            statistics[key].total, np.sum(values, axis=0), rtol=1e-4, atol=1e-5, err_msg=key
         )
+    means = {k: float(masked.divide(statistics[k])) for k in ("policy_loss", "kl_loss", "entropy")}
+    loss = loop_objective(settings, case, mask_BT, segments_BT, case["logp"])
+    told = means["policy_loss"] + means["kl_loss"] - 0.02 * means["entropy"]
+    np.testing.assert_allclose(told, loss, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_count_as_clipped_only_where_a_bound_changed_them():
+    arrays = on_device(*random_case(8))
+    for settings in ({"correction": "none"}, {"is_low": 0.0, "is_high": 1e9}):
+        (_, (_, statistics)), _ = value_and_gradients(settings, *arrays)
+        assert statistics["is_clipped"].total == 0, settings
 
 
 @pytest.mark.parametrize("share", [0.01, 0.25, 0.5, 0.99])

@@ -116,15 +116,15 @@ BUGS = (
     Bug(
         "gradient multiplied by the number of devices",
         "prolong_jax/update.py",
-        "g / jnp.maximum(total.weight, 1.0)",
-        "g / jnp.maximum(total.weight / mesh.size, 1.0)",
+        "lambda g: g / weight, grads",
+        "lambda g: g / (weight / mesh.size), grads",
         "tests/update_test.py",
     ),
     Bug(
         "gradient multiplied by the number of micro-batches",
         "prolong_jax/update.py",
-        "g / jnp.maximum(total.weight, 1.0)",
-        "g * num_micro_batches / jnp.maximum(total.weight, 1.0)",
+        "lambda g: g / weight, grads",
+        "lambda g: g * num_micro_batches / weight, grads",
         "tests/update_test.py",
     ),
     Bug(

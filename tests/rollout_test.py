@@ -51,6 +51,12 @@ def group(scores, number=0, statuses=None, stopped=None, step=1, tokens=None):
     )
 
 
+def items(of, run=None):
+    """The conversations of one group."""
+    run = run or RunConfig()
+    return groups.conversations([of], groups.advantages([of], run, 1), run)[0]
+
+
 ALIVE, ZERO, ONE, SAME = [1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.3, 0.3]
 
 
@@ -145,6 +151,8 @@ def test_every_shaping_setting_changes_the_reward():
     np.testing.assert_array_equal(shaped({}, **ends), [1, 1, 0])
     np.testing.assert_array_equal(shaped({"stop_properly": -0.5}, **ends), [1, 1, -0.5])
     np.testing.assert_allclose(shaped({"overlong_buffer": 0.8}, **ends), [1, 0.75, -1])
+    half = {"overlong_buffer": 0.8, "overlong_coef": 0.5}
+    np.testing.assert_allclose(shaped(half, **ends), [1, 0.875, -0.5])
     cosine = {"length_coef": 0.5, "length_min": -1.0, "length_on": 2, "length_off": 3}
     on, off = shaped(cosine, **ends), shaped(cosine, step=3, **ends)
     np.testing.assert_array_equal(off, [1, 1, 0])
@@ -156,7 +164,7 @@ def test_every_shaping_setting_changes_the_reward():
 def test_overlong_responses_can_be_left_out_of_the_loss_but_not_of_the_group():
     late = group([1.0, 0.0, 0.0], stopped=[True, True, False])
     run = RunConfig(shaping=ShapingSettings(overlong_filter=True))
-    kept, whole = (groups.conversations([late], r, 1)[0] for r in (run, RunConfig()))
+    kept, whole = items(late, run), items(late)
     assert (len(kept), len(whole)) == (2, 3)
     assert [c.advantage for c in kept] == [c.advantage for c in whole[:2]]
 
@@ -171,19 +179,40 @@ def test_estimators_over_the_batch_see_all_groups_of_a_step():
     np.testing.assert_allclose(together[1], [1 / std, -0.5 / std] * 2, rtol=1e-5)  # 2 * 0.5
 
 
+@pytest.mark.parametrize("estimator", ["group", "group_mean_batch"])
+def test_groups_of_another_size_are_trained_on_too(estimator):
+    """As after a change of the group size, when surplus groups wait."""
+    run = RunConfig(advantage=AdvantageSettings(estimator))
+    mixed = [group([1.0, 0.0, 0.0]), group([1.0, 0.0])]
+    advantage_PG = groups.advantages(mixed, run, 1)
+    assert [len(c) for c in groups.conversations(mixed, advantage_PG, run)] == [3, 2]
+    if estimator == "group":
+        np.testing.assert_allclose(advantage_PG[1, :2], groups.advantages(mixed[1:], run, 1)[0])
+    assert advantage_PG[1, 2] == 0
+    assert groups.advantages([], run, 1).size == 0
+
+
+def test_what_is_filtered_is_not_counted_as_trained():
+    late = group([1.0, 0.0, 0.0], stopped=[True, True, False])
+    run = RunConfig(shaping=ShapingSettings(overlong_filter=True))
+    told = [groups.statistics([late], [late], 0, r)["tokens/trained"] for r in (run, RunConfig())]
+    assert told == [6, 8]  # a prompt of 2, and 2 of each response
+
+
 def test_a_sample_that_was_not_trained_on_has_no_advantage():
     kept, other = group([1.0, 0.0]), group([0.0, 1.0, 1.0])
-    rows = groups.sample_rows([kept, other], [kept], RunConfig(), 1)
+    advantage_PG = groups.advantages([kept], RunConfig(), 1)
+    rows = groups.sample_rows([kept, other], [kept], advantage_PG, 1)
     assert rows[0]["advantage"] > 0 and rows[1]["advantage"] == 0
 
 
 def test_faults_of_the_verifier_are_left_out():
     broken = group([1.0, 0.0, 0.0], statuses=["ok", "ok", "error"])
-    kept = groups.conversations([broken], RunConfig(), 1)[0]
+    kept = items(broken)
     assert len(kept) == 2 and kept[0].advantage == -kept[1].advantage > 0
     assert group([1.0, 0.0], statuses=["ok", "error"]).is_dead
     late = group([1.0, 0.0], statuses=["ok", "timeout"])
-    assert not late.is_dead and len(groups.conversations([late], RunConfig(), 1)[0]) == 2
+    assert not late.is_dead and len(items(late)) == 2
 
 
 def test_a_group_survives_json():

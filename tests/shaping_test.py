@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from prolong_jax import shaping
+from prolong_jax.presets import PRESETS
 
 
 @pytest.mark.parametrize(
@@ -72,3 +73,13 @@ def test_the_cycle_is_on_then_off():
 )
 def test_repetition_by_hand(tokens, size, share):
     assert shaping.repetition(tokens, size) == pytest.approx(share)
+
+
+def test_dapo_prefers_the_right_to_the_wrong_and_the_short_to_the_long():
+    """Right and short, right at the limit, wrong and short, wrong at the limit."""
+    raw, length = np.array([1.0, 1.0, 0.0, 0.0]), np.array([1, 10, 1, 10])
+    settings = PRESETS["dapo"]["shaping"]
+    penalty = shaping.soft_overlong(length, limit=10, buffer=settings["overlong_buffer"])
+    shaped = raw + settings["overlong_coef"] * penalty
+    # DAPO's own: 1, 0, -1, -2, so in these units
+    np.testing.assert_allclose(shaped, (np.array([1.0, 0.0, -1.0, -2.0]) + 1) / 2)

@@ -251,6 +251,14 @@ def test_extremes_are_those_of_the_tokens():
     assert metrics["update/advantage_std"] == pytest.approx(tokens.std(), rel=1e-4)
 
 
+def test_extremes_may_all_be_of_one_sign():
+    _, optimizer, state, batch, used = real_setup()
+    batch = scorer(0.7)(state, batch, used)
+    batch = replace(batch, advantage=-1.0 - jnp.abs(batch.advantage))
+    _, metrics = updater(optimizer, 0.7)(state, batch, used)
+    assert metrics["update/advantage_min"] < metrics["update/advantage_max"] <= -1.0
+
+
 def test_old_logprobs_at_another_temperature_are_noticed():
     _, optimizer, state, batch, used = real_setup()
     batch = scorer(1.0)(state, batch, used)
