@@ -34,5 +34,6 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """The longest files come first, so that both workers end at about the same time."""
-    long = ["train_test.py", "update_test.py", "learning_test.py", "processes_test.py"]
+    long = ["train_test.py", "update_test.py", "notebooks_test.py", "learning_test.py"]
+    long += ["processes_test.py"]
     items.sort(key=lambda i: long.index(i.path.name) if i.path.name in long else len(long))

@@ -54,5 +54,5 @@ def test_executes(path, tmp_path, monkeypatch):
     before = cpu_of_children()
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=600, resources=where).execute()  # raises what a cell raises
+    NotebookClient(notebook, timeout=1200, resources=where).execute()  # raises what a cell raises
     assert cpu_of_children() - before < LIMIT_S
