@@ -182,7 +182,10 @@ def main() -> None:
         print(json.dumps(ours(args)))
         return
     tail = ("--long_tail",) if args.long_tail else ()
-    sides = {peer: () for peer in PEERS if getattr(args, f"{peer}_python")} | {"ours": tail}
+    sides: dict[str, tuple[str, ...]] = {
+        peer: () for peer in PEERS if getattr(args, f"{peer}_python")
+    }
+    sides["ours"] = tail
     if args.long_tail:
         sides["synchronous"] = (*tail, "--batch_synchronous")
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}

@@ -45,7 +45,7 @@ def make_model() -> Qwen3ForCausalLM:
         bos_token_id=1,
         eos_token_id=VOCAB,
     )
-    return Qwen3ForCausalLM(config).to(torch.float32)
+    return Qwen3ForCausalLM(config).float()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -161,8 +161,8 @@ def main() -> None:
     found = {k: statistics.median(row[k] for row in clock.rows[WARM_UP:]) for k in clock.rows[-1]}
     found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     packages = ("trl", "torch", "transformers")
-    found["versions"] = ", ".join(f"{name} {version(name)}" for name in packages)
-    print(json.dumps(found))
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    print(json.dumps({**found, "versions": versions}))
 
 
 if __name__ == "__main__":

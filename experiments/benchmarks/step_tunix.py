@@ -161,8 +161,8 @@ def main() -> None:
     found = {k: statistics.median(row[k] for row in rows[WARM_UP:]) for k in rows[-1]}
     found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     packages = ("google-tunix", "jax", "flax")
-    found["versions"] = ", ".join(f"{name} {version(name)}" for name in packages)
-    print(json.dumps(found))
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    print(json.dumps({**found, "versions": versions}))
 
 
 if __name__ == "__main__":
