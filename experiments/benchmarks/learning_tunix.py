@@ -1,6 +1,6 @@
 """The tunix side of learning.py; runs in an environment of its own and knows nothing of this package.
 
-What it is to do, and what responses are worth, comes over the connection that its arguments name.
+What it is to do, and what responses are worth, comes over the pipe that its argument names.
 """
 
 # pyright: reportMissingImports=false
@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import sys
-from multiprocessing.connection import Client
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -70,8 +70,13 @@ def load(directory: str, mesh):
     return weights.create_model_from_safe_tensors(directory, config, mesh, dtype=jnp.float32)
 
 
-def optimizer(job: dict, steps: int):
-    rate = optax.warmup_cosine_decay_schedule(0.0, job["rate"], max(1, steps // 10), steps, 0.0)
+def optimizer(job: dict, updates: int):
+    """AdamW; the rate is warmed up for a tenth of the updates and falls to 0, or stays."""
+    if job["decays"]:
+        warm_up = max(1, updates // 10)
+        rate = optax.warmup_cosine_decay_schedule(0.0, job["rate"], warm_up, updates, 0.0)
+    else:
+        rate = optax.linear_schedule(job["rate"] / 8, job["rate"], 7)
     clip = optax.clip_by_global_norm(job["max_grad_norm"])
     return optax.chain(clip, optax.adamw(rate, **job["optimizer"]))
 
@@ -93,10 +98,10 @@ def make_cluster(job: dict, tokenizer: Text):
             rollout_engine="vanilla",
             offload_to_cpu=False,
             training_config=rl_cluster.RLTrainingConfig(
-                actor_optimizer=optimizer(job, steps),
+                actor_optimizer=optimizer(job, steps * job["updates"]),
                 eval_every_n_steps=10**9,
-                max_steps=steps,
-                mini_batch_size=prompts,
+                max_steps=steps * job["updates"],
+                mini_batch_size=prompts // job["updates"],
             ),
             rollout_config=base_rollout.RolloutConfig(
                 max_tokens_to_generate=max_response_len,
@@ -110,11 +115,13 @@ def make_cluster(job: dict, tokenizer: Text):
 
 
 def main() -> None:
-    with Client(sys.argv[1], authkey=bytes.fromhex(sys.argv[2])) as asker:
+    with Connection(int(sys.argv[1])) as asker:
         job = asker.recv()
         count, group, samples, steps, every = job["sizes"]
         tokenizer, texts = Text(job["model"], job["ids"]), job["texts"]
         held_out, rows = range(job["train"], len(texts)), []
+        if [list(tokenizer.encode(text)) for text in texts] != job["tokens"]:
+            raise SystemExit("the prompts have other tokens here")
         cluster = make_cluster(job, tokenizer)
 
         def worth(prompts, responses) -> list[float]:
