@@ -167,7 +167,7 @@ def settings(toy: Toy, directory: str, rate: float, seed: int) -> RunConfig:
     return build(RunConfig, values)
 
 
-def ours(toy: Toy, directory: str, means: tuple[Any, Judge], rate: float, seed: int) -> Rows:
+def ours(toy: Toy, directory: str, means: tuple[Any, Any], rate: float, seed: int) -> Rows:
     """Steps of the training loop itself, with the toy's tokenizer and verifier."""
     import jax.numpy as jnp
 
@@ -202,7 +202,7 @@ def ours(toy: Toy, directory: str, means: tuple[Any, Judge], rate: float, seed: 
 # --- tunix ---------------------------------------------------------------------------------------
 
 
-def tunix(toy: Toy, directory: str, means: tuple[Any, Judge], job: dict[str, Any]) -> Rows:
+def tunix(toy: Toy, directory: str, means: tuple[Any, Any], job: dict[str, Any]) -> Rows:
     """A run of learning_tunix.py, which asks here what its responses are worth."""
     tokenizer, judge = means
     held_out = toy.held_out(job["seed"] == TRIAL)
