@@ -1,0 +1,177 @@
+"""The paper in miniature: every variant of an ablation with every seed, and a page of what came out.
+
+    python -m experiments.ablations NAME --workdir=runs/ablations [--seeds=0,1,2] [--only=VARIANT]
+    python -m experiments.ablations page [--workdir=runs/ablations]
+
+NAME is a file of experiments/configs/ablations: clip, kl, kl_unstable, temperature, dynamic, prolonged, objective
+or group_size. The first command trains and scores what is not there yet, one run after the other in one process,
+and goes on where it was stopped; ablations that ask for the same run share it. The second takes what
+the runs found into experiments/ablations.json and makes experiments/ABLATIONS.md and its figures of it.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from prolong_jax import evaluate, train
+from prolong_jax.config import RunConfig, load
+from prolong_jax.metrics import read_rows
+from prolong_jax.outcomes import read_outcomes
+from prolong_jax.processes import write_json
+
+CONFIGS = "experiments/configs/ablations"  # from the root of the repository
+NAMES = (
+    "clip",
+    "kl",
+    "kl_unstable",
+    "temperature",
+    "dynamic",
+    "prolonged",
+    "objective",
+    "group_size",
+)
+SAMPLES = 8  # per held-out prompt at the end
+SOLVED = "solved.json"  # of an evaluation: responses that are right, by prompt
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A file of experiments/configs/ablations."""
+
+    name: str
+    title: str
+    why: str  # question and claim
+    seen: str  # what came out, in words
+    variants: Mapping[str, Mapping[str, Any]]  # name: settings beside those of the file
+    equal: str  # what is equal at the end: samples, or tokens
+    at: tuple[int, ...]  # steps whose policies are scored; none: the last alone
+    samples: int  # per held-out prompt
+    base_samples: int  # the same of the base model; 0: it is not scored
+
+    @property
+    def path(self) -> str:
+        return f"{CONFIGS}/{self.name}.py"
+
+    def overrides(self, variant: str) -> list[str]:
+        return [f"{key}={value!r}" for key, value in self.variants[variant].items()]
+
+    def run(self, variant: str, seed: int) -> RunConfig:
+        return load(self.path, [*self.overrides(variant), f"seed={seed}"])
+
+    def workdir(self, root: Path, variant: str, seed: int) -> Path:
+        """Named by the stated settings, so that ablations share a run."""
+        stated = importlib.import_module(self.module).get_config().to_dict()
+        text = json.dumps([stated, dict(self.variants[variant])], sort_keys=True)
+        return root / f"{hashlib.sha256(text.encode()).hexdigest()[:10]}-{seed}"
+
+    @property
+    def module(self) -> str:
+        return f"{CONFIGS}/{self.name}".replace("/", ".")
+
+
+def read(name: str) -> Ablation:
+    """Raises ValueError where there is no such ablation."""
+    if name not in NAMES:
+        raise ValueError(f"ablations: expected one of {', '.join(NAMES)} or page, got {name!r}.")
+    module = importlib.import_module(f"{CONFIGS}/{name}".replace("/", "."))
+    return Ablation(
+        name,
+        module.TITLE,
+        (module.__doc__ or "").strip(),
+        module.SEEN.strip(),
+        module.VARIANTS,
+        getattr(module, "EQUAL", "samples"),
+        tuple(getattr(module, "AT", ())),
+        getattr(module, "SAMPLES", SAMPLES),
+        getattr(module, "BASE_SAMPLES", 0),
+    )
+
+
+# --- training and scoring ------------------------------------------------------------------------
+
+
+def run_all(ablation: Ablation, root: Path, seeds: Sequence[int], only: str) -> int:
+    """Trains and scores what is missing; the exit code of the first run that fails, or 0."""
+    chosen = [only] if only else list(ablation.variants)
+    if not set(chosen) <= set(ablation.variants):
+        known = ", ".join(map(repr, ablation.variants))
+        raise ValueError(f"--only: expected one of {known}, got {only!r}.")
+    if ablation.base_samples:
+        score(ablation, root / f"{ablation.name}-base", 0)
+    for seed in seeds:
+        for variant in chosen:
+            print(f"ablation {ablation.name}, variant {variant}, seed {seed}", flush=True)
+            workdir = ablation.workdir(root, variant, seed)
+            done = (workdir / "summary.json").exists()
+            code = 0 if done else train.train(ablation.run(variant, seed), workdir)
+            if code:
+                return code
+        for variant in chosen:
+            for step in scored_steps(ablation, root, variant, seed):
+                score(ablation, ablation.workdir(root, variant, seed), step)
+    return 0
+
+
+def scored_steps(ablation: Ablation, root: Path, variant: str, seed: int) -> tuple[int, ...]:
+    """The steps of a run whose policies are scored; at equal tokens, the nearest checkpoint."""
+    run = ablation.run(variant, seed)
+    if ablation.equal == "samples":
+        return ablation.at or (run.total_steps,)
+    tokens = {v: tokens_of(ablation.workdir(root, v, seed)) for v in ablation.variants}
+    return (nearest(tokens[variant], min(t[-1] for t in tokens.values()), run.checkpoint.every),)
+
+
+def nearest(tokens: Sequence[int], budget: int, every: int) -> int:
+    """The step, of those with a checkpoint, whose tokens so far are nearest to a budget."""
+    kept = sorted({*range(every, len(tokens) + 1, every), len(tokens)})
+    return min(kept, key=lambda step: abs(tokens[step - 1] - budget))
+
+
+def tokens_of(workdir: Path) -> list[int]:
+    """Generated tokens up to every step."""
+    rows = read_rows(workdir / "metrics.jsonl")
+    return list(accumulate(row["tokens/generated"] for row in rows if row["step"] > 0))
+
+
+def score(ablation: Ablation, workdir: Path, step: int) -> None:
+    """Scores a checkpoint, or the base model (step 0), on the held-out prompts, if need be.
+
+    Raises:
+      RuntimeError: the evaluation failed; it has said why.
+    """
+    out = workdir / f"evaluation_{step}"
+    if (out / SOLVED).exists():
+        return
+    samples = ablation.samples if step else ablation.base_samples
+    policy = [f"--model={workdir}", f"--step={step}"] if step else []
+    argv = [f"--config={ablation.path}", *policy, f"--out={out}", f"--samples={samples}"]
+    if evaluate.main(argv):
+        raise RuntimeError(f"ablations: {workdir} cannot be scored at step {step}.")
+    found, _ = read_outcomes(out / "responses.jsonl", samples)
+    write_json(out / SOLVED, {outcome.id: outcome.solved for outcome in found})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.ablations", allow_abbrev=False)
+    parser.add_argument("name", help="an ablation, or page")
+    parser.add_argument("--workdir", type=Path, help="where the runs are kept")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--only", default="", help="one variant")
+    args = parser.parse_args(argv)
+    try:
+        ablation = read(args.name)
+        return run_all(ablation, args.workdir, [int(s) for s in args.seeds.split(",")], args.only)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
