@@ -3,7 +3,7 @@
     python -m experiments.ablations NAME --workdir=runs/ablations [--seeds=0,1,2] [--only=VARIANT]
     python -m experiments.ablations page [--workdir=runs/ablations]
 
-NAME is a file of experiments/configs/ablations: clip, kl, kl_unstable, temperature, dynamic, prolonged, objective
+NAME is a file of experiments/configs/ablations: clip, kl, kl_unstable, temperature, dynamic, prolonged
 or group_size. The first command trains and scores what is not there yet, one run after the other in one process,
 and goes on where it was stopped; ablations that ask for the same run share it. The second takes what
 the runs found into experiments/ablations.json and makes experiments/ABLATIONS.md and its figures of it.
@@ -20,6 +20,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from experiments.ablation_page import INTRODUCTION, boundary, comparison, figure
 from prolong_jax import evaluate, train
 from prolong_jax.config import RunConfig, load
 from prolong_jax.metrics import read_rows
@@ -34,10 +35,11 @@ NAMES = (
     "temperature",
     "dynamic",
     "prolonged",
-    "objective",
     "group_size",
 )
 SAMPLES = 8  # per held-out prompt at the end
+DATA, PAGE = Path("experiments/ablations.json"), Path("experiments/ABLATIONS.md")
+FIGURES = Path("experiments/ablation_figures")
 SOLVED = "solved.json"  # of an evaluation: responses that are right, by prompt
 
 
@@ -104,7 +106,7 @@ def run_all(ablation: Ablation, root: Path, seeds: Sequence[int], only: str) -> 
         known = ", ".join(map(repr, ablation.variants))
         raise ValueError(f"--only: expected one of {known}, got {only!r}.")
     if ablation.base_samples:
-        score(ablation, root / f"{ablation.name}-base", 0)
+        score(ablation, chosen[0], root / f"{ablation.name}-base", 0)
     for seed in seeds:
         for variant in chosen:
             print(f"ablation {ablation.name}, variant {variant}, seed {seed}", flush=True)
@@ -115,7 +117,7 @@ def run_all(ablation: Ablation, root: Path, seeds: Sequence[int], only: str) -> 
                 return code
         for variant in chosen:
             for step in scored_steps(ablation, root, variant, seed):
-                score(ablation, ablation.workdir(root, variant, seed), step)
+                score(ablation, variant, ablation.workdir(root, variant, seed), step)
     return 0
 
 
@@ -140,7 +142,7 @@ def tokens_of(workdir: Path) -> list[int]:
     return list(accumulate(row["tokens/generated"] for row in rows if row["step"] > 0))
 
 
-def score(ablation: Ablation, workdir: Path, step: int) -> None:
+def score(ablation: Ablation, variant: str, workdir: Path, step: int) -> None:
     """Scores a checkpoint, or the base model (step 0), on the held-out prompts, if need be.
 
     Raises:
@@ -151,21 +153,105 @@ def score(ablation: Ablation, workdir: Path, step: int) -> None:
         return
     samples = ablation.samples if step else ablation.base_samples
     policy = [f"--model={workdir}", f"--step={step}"] if step else []
-    argv = [f"--config={ablation.path}", *policy, f"--out={out}", f"--samples={samples}"]
+    own = [f"--config.{override}" for override in ablation.overrides(variant)]
+    argv = [f"--config={ablation.path}", *own, *policy, f"--out={out}", f"--samples={samples}"]
     if evaluate.main(argv):
         raise RuntimeError(f"ablations: {workdir} cannot be scored at step {step}.")
     found, _ = read_outcomes(out / "responses.jsonl", samples)
     write_json(out / SOLVED, {outcome.id: outcome.solved for outcome in found})
 
 
+# --- what was found ------------------------------------------------------------------------------
+
+
+def collect(ablation: Ablation, root: Path) -> dict[str, Any]:
+    """The scored runs of an ablation in the form of ablations.json, see ablation_page.py."""
+    base = solved_of(root / f"{ablation.name}-base" / "evaluation_0", ablation.base_samples)
+    found: dict[str, Any] = {"base": base, "variants": {}}
+    for variant in ablation.variants:
+        runs = {}
+        name = ablation.workdir(root, variant, 0).name.removesuffix("0")
+        for path in sorted(root.glob(f"{name}*")):
+            steps = sorted(int(p.parent.name[11:]) for p in path.glob(f"evaluation_*/{SOLVED}"))
+            steps = [step for step in steps if not ablation.at or step in ablation.at]
+            scores = {n: solved_of(path / f"evaluation_{n}", ablation.samples) for n in steps}
+            if scores:
+                seed = path.name.removeprefix(name)
+                runs[seed] = series_of(path, ablation.run(variant, int(seed))) | {"scores": scores}
+        if runs:
+            found["variants"][variant] = runs
+    return found
+
+
+def solved_of(evaluation: Path, samples: int) -> dict[str, Any]:
+    """The right responses to each held-out prompt; {} where there is no evaluation."""
+    if not (evaluation / SOLVED).exists():
+        return {}
+    solved = json.loads((evaluation / SOLVED).read_text())
+    return {"samples": samples, "solved": list(solved.values())}
+
+
+def series_of(workdir: Path, run: RunConfig) -> dict[str, Any]:
+    """What is kept of the steps of a run: "series" by name, and the steps before resets."""
+    rows = [row for row in read_rows(workdir / "metrics.jsonl") if row["step"] > 0]
+    names = {"reward": "reward/mean", "entropy": "update/entropy", "kl": "update/kl_ref"}
+    series: dict[str, list[Any]] = {
+        short: [None if row.get(name) is None else float(f"{row[name]:.3g}") for row in rows]
+        for short, name in names.items()
+    }
+    series["tokens"] = [row["tokens/generated"] for row in rows]
+    series["trained"] = [row["groups/kept"] * run.rollout.group_size for row in rows]
+    return {"series": series, "resets": [row["step"] - 1 for row in rows if row.get("reset")]}
+
+
+def make_page(root: Path | None) -> None:
+    """Takes what the runs found into ablations.json, and makes the page and its figures of that."""
+    known = json.loads(DATA.read_text()) if DATA.exists() else {}
+    parts = [INTRODUCTION]
+    for ablation in map(read, NAMES):
+        found = collect(ablation, root) if root else {}
+        if found.get("variants"):
+            known[ablation.name] = json.loads(json.dumps(found))
+        if ablation.name in known:
+            parts.append(section(ablation, known[ablation.name]))
+            image = FIGURES / f"{ablation.name}.svg"
+            image.parent.mkdir(exist_ok=True)
+            image.write_text(figure(known[ablation.name]), encoding="utf-8")
+    lines = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in known.items()]
+    DATA.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
+    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def section(ablation: Ablation, found: dict[str, Any]) -> str:
+    """The part of the page about one ablation."""
+    lines = [
+        f"- `{name}`: {', '.join(ablation.overrides(name)) or 'as the file has it'}"
+        for name in found["variants"]
+    ]
+    return "\n\n".join(
+        [
+            f"## {ablation.title}",
+            ablation.why,
+            f"`python -m experiments.ablations {ablation.name} --workdir=runs/ablations`\n\n"
+            + "\n".join(lines),
+            boundary(found) if found["base"] else comparison(found),
+            f"![{ablation.title}: reward, entropy and KL]({FIGURES.name}/{ablation.name}.svg)",
+            f"**Seen.** {ablation.seen}",
+        ]
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.ablations", allow_abbrev=False)
     parser.add_argument("name", help="an ablation, or page")
-    parser.add_argument("--workdir", type=Path, help="where the runs are kept")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--only", default="", help="one variant")
     args = parser.parse_args(argv)
     try:
+        if args.name == "page":
+            make_page(args.workdir if args.workdir.is_dir() else None)
+            return 0
         ablation = read(args.name)
         return run_all(ablation, args.workdir, [int(s) for s in args.seeds.split(",")], args.only)
     except ValueError as error:
