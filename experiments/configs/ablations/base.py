@@ -1,6 +1,6 @@
 """What the ablations share: the embedded model on the easy math and STEM tasks, in small steps.
 
-40 steps of 4 groups of 8 responses, one optimizer step for each group, so that the later ones are
+32 steps of 4 groups of 8 responses, one optimizer step for each group, so that the later ones are
 taken against a policy that has moved on. At a learning rate of 2e-4 this learns steadily; at 5e-4
 the policy runs away from its reference within some twenty steps and stays bad: that is the trouble
 that clip, KL and resets are to help against, and `UNSTABLE` asks for it. Both rates were found by
@@ -25,14 +25,14 @@ from prolong_jax.data.procedural import make_prompt
 HERE = "experiments/configs/ablations"  # from the root of the repository, where commands are run
 SEED = 41  # of the held-out prompts
 UNSTABLE = {"optimizer.learning_rate": 5e-4}
-RESETS = {"stages.0.reset": {"every": 10}}  # of reference and optimizer
+RESETS = {"stages.0.reset": {"every": 8}}  # of reference and optimizer
 
 
 def settings(**changes: Any) -> ConfigDict:
     """All that is not a default of the package, with changes such as `loss={"kl_coef": 1e-3}`."""
     config = ConfigDict(
         {
-            "total_steps": 40,
+            "total_steps": 32,
             "model": {"dtype": "float32", "remat": "none"},
             "rollout": {
                 "prompts_per_step": 4,
@@ -49,7 +49,7 @@ def settings(**changes: Any) -> ConfigDict:
             "optimizer": {"learning_rate": 2e-4},
             "update": {"num_minibatches": 4, "micro_batch_rows": 1, "row_len": 268},
             "validation": {
-                "every": 10,
+                "every": 16,
                 "samples": 1,
                 "final_samples": 1,
                 "temperature": 1.0,

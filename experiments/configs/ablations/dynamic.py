@@ -15,6 +15,6 @@ EQUAL = "tokens"
 CHECKPOINTS = {"checkpoint.every": 4, "checkpoint.keep_every": 4}
 VARIANTS = {
     "on": {},
-    "off": {"rollout.dynamic_sampling": False, "total_steps": 64, **CHECKPOINTS},
+    "off": {"rollout.dynamic_sampling": False, "total_steps": 52, **CHECKPOINTS},
 }
 SEEN = ""

@@ -8,7 +8,7 @@ after 20 steps is the same run, stopped early. Scored on 24 held-out prompts of 
 
 from experiments.configs.ablations.base import HERE, settings
 
-EARLY, LAST = 20, 80
+EARLY, LAST = 20, 60
 
 
 def get_config():
