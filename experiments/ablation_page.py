@@ -26,7 +26,29 @@ PANELS = {
 
 INTRODUCTION = """# The paper's ablations in miniature
 
-Made by `python -m experiments.ablations page`; do not edit."""
+Made by `python -m experiments.ablations page` of [ablations.json](ablations.json); do not edit.
+
+The embedded model (1.08M parameters) on embedded math and STEM tasks: 32 steps, each with 4 prompts of
+8 responses and one optimizer step per prompt, unless a variant says otherwise
+([base.py](configs/ablations/base.py)). Every variant has the same seeds, training prompts in the same order, and
+samples to train on, up to groups that dynamic sampling did not find in its two rounds ("trained on"); "generated" are
+tokens, those of dropped groups too.
+
+- **Scores.** avg@k is the mean share of right responses, k samples at temperature 1 to each of 96 held-out
+  prompts, whose questions occur in no training prompt; pass@k is without bias. The base model has 0.33.
+- **Intervals.** 95%, bootstrap: seeds and prompts are drawn anew, a prompt for all seeds and variants at
+  once. Differences are paired by seed and prompt. Three seeds are few, and their bootstrap is too narrow (by about a
+  fifth where seeds are all that varies, more for their tails), so the mean of every seed stands beside it.
+- **Entropy and KL** are means over the last ten steps and the seeds, in nats per token; after a reset the KL is to the
+  new reference.
+- **Two learning rates.** At 2e-4 the run is steady. At 5e-4 it runs away from its reference within some twenty steps
+  and falls below the base: collapse that is real. Settings were sought on other seeds (101 to 103), by training
+  rewards alone.
+
+What this can tell: whether a mechanism does at this size what it is said to do, and that the code does it. What it
+cannot: sizes of effects for a large model, or anything about thousands of steps. The base has little entropy
+(0.1 nats per token) because it was taught by worked responses, answers have some twenty tokens, and 32 steps are
+short: what comes out here neither proves nor disproves a claim about 1.5B parameters."""
 
 Scores = Mapping[str, Any]  # {"samples": n, "solved": counts over prompts}
 Runs = Mapping[str, Mapping[str, Any]]  # of a variant, by seed

@@ -1,6 +1,6 @@
 """The paper in miniature: every variant of an ablation with every seed, and a page of what came out.
 
-    python -m experiments.ablations NAME --workdir=runs/ablations [--seeds=0,1,2] [--only=VARIANT]
+    python -m experiments.ablations NAME --workdir=runs/ablations [--seeds=0,1,2] [--only=VARIANT ...]
     python -m experiments.ablations page [--workdir=runs/ablations]
 
 NAME is a file of experiments/configs/ablations: clip, kl, kl_unstable, temperature, dynamic, prolonged
@@ -14,18 +14,31 @@ import hashlib
 import importlib
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from experiments.ablation_page import INTRODUCTION, boundary, comparison, figure
 from prolong_jax import evaluate, train
+from prolong_jax.checkpoint import Checkpointer
 from prolong_jax.config import RunConfig, load
+from prolong_jax.data.mixture import Sources
+from prolong_jax.groups import refuse_broken_verifiers
+from prolong_jax.mesh import make_mesh
 from prolong_jax.metrics import read_rows
-from prolong_jax.outcomes import read_outcomes
-from prolong_jax.processes import write_json
+from prolong_jax.models.decoder import sampling_copy
+from prolong_jax.models.hf import load_model
+from prolong_jax.processes import Timer, write_json
+from prolong_jax.rollout import Collector
+from prolong_jax.startup import sole_user
+from prolong_jax.tokenizer import ChatTokenizer
+from prolong_jax.verifiers.pool import Pool, open_pool
 
 CONFIGS = "experiments/configs/ablations"  # from the root of the repository
 NAMES = (
@@ -40,7 +53,7 @@ NAMES = (
 SAMPLES = 8  # per held-out prompt at the end
 DATA, PAGE = Path("experiments/ablations.json"), Path("experiments/ABLATIONS.md")
 FIGURES = Path("experiments/ablation_figures")
-SOLVED = "solved.json"  # of an evaluation: responses that are right, by prompt
+DOMAINS = ("math", "stem")  # whose verifiers are needed
 
 
 @dataclass(frozen=True)
@@ -99,26 +112,48 @@ def read(name: str) -> Ablation:
 # --- training and scoring ------------------------------------------------------------------------
 
 
-def run_all(ablation: Ablation, root: Path, seeds: Sequence[int], only: str) -> int:
-    """Trains and scores what is missing; the exit code of the first run that fails, or 0."""
-    chosen = [only] if only else list(ablation.variants)
-    if not set(chosen) <= set(ablation.variants):
+def run_all(ablation: Ablation, root: Path, seeds: Sequence[int], only: Sequence[str] = ()) -> bool:
+    """Trains and scores what is missing. Returns whether nothing was stopped by a signal.
+
+    Raises:
+      ValueError: a variant that is not there.
+    """
+    chosen = list(only or ablation.variants)
+    if unknown := [name for name in chosen if name not in ablation.variants]:
         known = ", ".join(map(repr, ablation.variants))
-        raise ValueError(f"--only: expected one of {known}, got {only!r}.")
-    if ablation.base_samples:
-        score(ablation, chosen[0], root / f"{ablation.name}-base", 0)
-    for seed in seeds:
-        for variant in chosen:
-            print(f"ablation {ablation.name}, variant {variant}, seed {seed}", flush=True)
-            workdir = ablation.workdir(root, variant, seed)
-            done = (workdir / "summary.json").exists()
-            code = 0 if done else train.train(ablation.run(variant, seed), workdir)
-            if code:
-                return code
-        for variant in chosen:
-            for step in scored_steps(ablation, root, variant, seed):
-                score(ablation, variant, ablation.workdir(root, variant, seed), step)
-    return 0
+        raise ValueError(f"--only: expected one of {known}, got {unknown[0]!r}.")
+    with open_pool(ablation.run(chosen[0], 0).verifiers) as pool:
+        pool.check(DOMAINS)
+        if ablation.base_samples:
+            score(ablation, chosen[0], root / f"{ablation.name}-base", 0, pool)
+        for seed in seeds:
+            for variant in chosen:
+                print(f"ablation {ablation.name}, variant {variant}, seed {seed}", flush=True)
+                workdir = ablation.workdir(root, variant, seed)
+                if not train_one(ablation.run(variant, seed), workdir, pool):
+                    return False
+            for variant in chosen:
+                for step in scored_steps(ablation, root, variant, seed):
+                    workdir = ablation.workdir(root, variant, seed)
+                    score(ablation, variant, workdir, step, pool)
+    return True
+
+
+def train_one(run: RunConfig, workdir: Path, pool: Pool) -> bool:
+    """A run as `python -m prolong_jax.train` has it, with verifiers that are there already.
+
+    Returns whether it is finished.
+    """
+    if (workdir / "summary.json").exists():
+        return True
+    started, mesh = time.monotonic(), make_mesh(run.mesh)
+    model, params = load_model(run.model.path, jnp.dtype(run.model.dtype), mesh)
+    with sole_user(workdir):
+        collector = Collector(model, mesh, ChatTokenizer(run.model.path), pool, run.seed)
+        setup = train.Setup(run, collector, *evaluate.held_out_by_stage(run), Sources())
+        with closing(Checkpointer(workdir / "checkpoints", run.checkpoint)) as checkpointer:
+            state = train.initial_state(run, params)
+            return train.run_from(setup, state, workdir, checkpointer, started)
 
 
 def scored_steps(ablation: Ablation, root: Path, variant: str, seed: int) -> tuple[int, ...]:
@@ -142,23 +177,21 @@ def tokens_of(workdir: Path) -> list[int]:
     return list(accumulate(row["tokens/generated"] for row in rows if row["step"] > 0))
 
 
-def score(ablation: Ablation, variant: str, workdir: Path, step: int) -> None:
-    """Scores a checkpoint, or the base model (step 0), on the held-out prompts, if need be.
-
-    Raises:
-      RuntimeError: the evaluation failed; it has said why.
-    """
-    out = workdir / f"evaluation_{step}"
-    if (out / SOLVED).exists():
+def score(ablation: Ablation, variant: str, workdir: Path, step: int, pool: Pool) -> None:
+    """Scores a checkpoint, or the base model (step 0), on the held-out prompts, if need be."""
+    out = workdir / f"solved_{step}.json"
+    if out.exists():
         return
-    samples = ablation.samples if step else ablation.base_samples
-    policy = [f"--model={workdir}", f"--step={step}"] if step else []
-    own = [f"--config.{override}" for override in ablation.overrides(variant)]
-    argv = [f"--config={ablation.path}", *own, *policy, f"--out={out}", f"--samples={samples}"]
-    if evaluate.main(argv):
-        raise RuntimeError(f"ablations: {workdir} cannot be scored at step {step}.")
-    found, _ = read_outcomes(out / "responses.jsonl", samples)
-    write_json(out / SOLVED, {outcome.id: outcome.solved for outcome in found})
+    run, model, params, _ = evaluate.load(
+        ablation.run(variant, 0), str(workdir) if step else "", step or None
+    )
+    mesh, samples = make_mesh(run.mesh), ablation.samples if step else ablation.base_samples
+    collector = Collector(model, mesh, ChatTokenizer(run.model.path), pool, run.seed)
+    params, prompts = sampling_copy(model, mesh, params), evaluate.held_out_prompts(run)
+    groups = evaluate.respond(collector, params, prompts, samples, run, 0, Timer())
+    refuse_broken_verifiers(groups, run.verifiers)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(out, {g.prompt.id: sum(score >= 1 for score in g.scores) for g in groups})
 
 
 # --- what was found ------------------------------------------------------------------------------
@@ -166,15 +199,15 @@ def score(ablation: Ablation, variant: str, workdir: Path, step: int) -> None:
 
 def collect(ablation: Ablation, root: Path) -> dict[str, Any]:
     """The scored runs of an ablation in the form of ablations.json, see ablation_page.py."""
-    base = solved_of(root / f"{ablation.name}-base" / "evaluation_0", ablation.base_samples)
+    base = solved_of(root / f"{ablation.name}-base" / "solved_0.json", ablation.base_samples)
     found: dict[str, Any] = {"base": base, "variants": {}}
     for variant in ablation.variants:
         runs = {}
         name = ablation.workdir(root, variant, 0).name.removesuffix("0")
         for path in sorted(root.glob(f"{name}*")):
-            steps = sorted(int(p.parent.name[11:]) for p in path.glob(f"evaluation_*/{SOLVED}"))
+            steps = sorted(int(p.stem[7:]) for p in path.glob("solved_*.json"))
             steps = [step for step in steps if not ablation.at or step in ablation.at]
-            scores = {n: solved_of(path / f"evaluation_{n}", ablation.samples) for n in steps}
+            scores = {n: solved_of(path / f"solved_{n}.json", ablation.samples) for n in steps}
             if scores:
                 seed = path.name.removeprefix(name)
                 runs[seed] = series_of(path, ablation.run(variant, int(seed))) | {"scores": scores}
@@ -183,12 +216,11 @@ def collect(ablation: Ablation, root: Path) -> dict[str, Any]:
     return found
 
 
-def solved_of(evaluation: Path, samples: int) -> dict[str, Any]:
-    """The right responses to each held-out prompt; {} where there is no evaluation."""
-    if not (evaluation / SOLVED).exists():
+def solved_of(path: Path, samples: int) -> dict[str, Any]:
+    """The right responses to each held-out prompt; {} where it was not scored."""
+    if not path.exists():
         return {}
-    solved = json.loads((evaluation / SOLVED).read_text())
-    return {"samples": samples, "solved": list(solved.values())}
+    return {"samples": samples, "solved": list(json.loads(path.read_text()).values())}
 
 
 def series_of(workdir: Path, run: RunConfig) -> dict[str, Any]:
@@ -246,14 +278,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name", help="an ablation, or page")
     parser.add_argument("--workdir", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
-    parser.add_argument("--only", default="", help="one variant")
+    parser.add_argument("--only", action="append", help="one variant; may be repeated")
     args = parser.parse_args(argv)
     try:
         if args.name == "page":
             make_page(args.workdir if args.workdir.is_dir() else None)
             return 0
         ablation = read(args.name)
-        return run_all(ablation, args.workdir, [int(s) for s in args.seeds.split(",")], args.only)
+        seeds = [int(seed) for seed in args.seeds.split(",")]
+        return 0 if run_all(ablation, args.workdir, seeds, args.only) else train.EXIT_STOPPED
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -166,12 +166,12 @@ def test_an_ablation_of_two_steps(tmp_path):
     }
     variants = {"one": small, "two": {**small, "optimizer.learning_rate": 1e-5}}
     ablation = replace(read("clip"), variants=variants, samples=2)
-    assert run_all(ablation, tmp_path / "runs", [0], "two") == 0
+    assert run_all(ablation, tmp_path / "runs", [0], ["two"])
     found = collect(ablation, tmp_path / "runs")
     (run,) = found["variants"]["two"].values()
     assert run["series"]["trained"] == [4, 4]
     assert len(run["scores"]["2"]["solved"]) == 2
     assert "| two | 8 |" in section(ablation, found)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*.json*")}
-    assert run_all(ablation, tmp_path / "runs", [0], "two") == 0  # nothing is left to do
+    assert run_all(ablation, tmp_path / "runs", [0], ["two"]  # nothing is left to do
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*.json*")}
