@@ -173,5 +173,5 @@ def test_an_ablation_of_two_steps(tmp_path):
     assert len(run["scores"]["2"]["solved"]) == 2
     assert "| two | 8 |" in section(ablation, found)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*.json*")}
-    assert run_all(ablation, tmp_path / "runs", [0], ["two"]  # nothing is left to do
+    assert run_all(ablation, tmp_path / "runs", [0], ["two"])  # nothing is left to do
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*.json*")}
