@@ -207,7 +207,7 @@ def collect(ablation: Ablation, root: Path) -> dict[str, Any]:
         for path in sorted(root.glob(f"{name}*")):
             steps = sorted(int(p.stem[7:]) for p in path.glob("solved_*.json"))
             steps = [step for step in steps if not ablation.at or step in ablation.at]
-            scores = {n: solved_of(path / f"solved_{n}.json", ablation.samples) for n in steps}
+            scores = {str(n): solved_of(path / f"solved_{n}.json", ablation.samples) for n in steps}
             if scores:
                 seed = path.name.removeprefix(name)
                 runs[seed] = series_of(path, ablation.run(variant, int(seed))) | {"scores": scores}
@@ -268,8 +268,8 @@ def section(ablation: Ablation, found: dict[str, Any]) -> str:
             + "\n".join(lines),
             boundary(found) if found["base"] else comparison(found),
             f"![{ablation.title}: reward, entropy and KL]({FIGURES.name}/{ablation.name}.svg)",
-            f"**Seen.** {ablation.seen}",
         ]
+        + [f"**Seen.** {ablation.seen}"] * bool(ablation.seen)
     )
 
 
