@@ -18,6 +18,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from prolong_jax.presets import PRESETS
+
 DOMAINS = ("math", "code", "stem", "logic", "instruct")
 LEVELS = ("easy", "middle", "hard")  # that are trained on
 ASSETS = Path(__file__).parent / "assets"
@@ -64,16 +66,49 @@ class RolloutSettings:
         8  # sizes of the KV cache, or one more; many compile long, read little in vain
     )
     compile_ahead: bool = True  # compile for all sizes of the cache at the start, not when met
-    stop_properly: float = 1.0  # factor on the reward of unterminated responses; < 0 replaces it
 
 
 @dataclass(frozen=True)
 class LossSettings:
+    """The formulas of all names stand in objectives.py and losses.py."""
+
+    policy_loss: str = "ppo_clip"  # a key of objectives.POLICY_LOSSES
     clip_low: float = 0.2
     clip_high: float = 0.4
+    dual_clip: float = 3.0  # of policy_loss dual_clip
     kl_coef: float = 1e-4  # a secondary source; the paper does not state it
-    kl_estimator: str = "k3"  # k2 or k3
-    tis_cap: float = 2.0  # cap of the sampler-to-trainer importance weight
+    kl_estimator: str = "k3"  # k1 (in the reward alone), k2 or k3
+    kl_in: str = "loss"  # loss, or reward: lowers the advantages
+    correction: str = "tis"  # of the sampler-to-trainer mismatch: a key of objectives.CORRECTIONS
+    is_low: float = 0.0  # bounds of the importance weight
+    is_high: float = 2.0
+    aggregation: str = "token_mean"  # a key of objectives.AGGREGATIONS
+    token_constant: float = 0.0  # of token_sum_over_constant; 0: rollout.max_response_len
+    entropy_coef: float = 0.0  # reward of a nat of entropy per token
+    entropy_target: float = 0.0  # nats; above 0 the coefficient adapts, see adapted_entropy_shift
+    entropy_step: float = 0.005  # by so much per step
+
+
+@dataclass(frozen=True)
+class AdvantageSettings:
+    estimator: str = "group"  # a key of advantages.ESTIMATORS
+    correct_boost: float = 1.0  # factor on the positive advantage of a response with full reward
+
+
+@dataclass(frozen=True)
+class ShapingSettings:
+    """Of the reward, once dynamic sampling has looked at it; the formulas stand in shaping.py."""
+
+    stop_properly: float = 1.0  # factor on the reward of unterminated responses; < 0 replaces it
+    overlong_filter: bool = False  # leave responses without an end out of the loss
+    overlong_buffer: float = 0.0  # share of the budget in which a length is paid less, up to 1 less
+    length_coef: float = 0.0  # of the cosine length reward
+    length_min: float = -1.0  # at the longest
+    length_max: float = 0.0  # at length 0
+    length_on: int = 0  # steps in which it is on, and after them off; 0: always on
+    length_off: int = 0
+    ngram_size: int = 0  # tokens; 0: no penalty of repetition
+    ngram_coef: float = 0.0  # what a response of nothing but repetition would lose
 
 
 @dataclass(frozen=True)
@@ -205,10 +240,15 @@ class StageSettings:
 class RunConfig:
     seed: int = 0
     total_steps: int = 2000
+    preset: str = (
+        ""  # a key of presets.PRESETS: settings where neither file nor command line has any
+    )
     model: ModelSettings = field(default_factory=ModelSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     loss: LossSettings = field(default_factory=LossSettings)
+    advantage: AdvantageSettings = field(default_factory=AdvantageSettings)
+    shaping: ShapingSettings = field(default_factory=ShapingSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     update: UpdateSettings = field(default_factory=UpdateSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
@@ -223,7 +263,23 @@ class RunConfig:
 MAY_CHANGE = ("total_steps", "mesh", "metrics", "checkpoint", "verifiers")
 MAY_CHANGE += ("rollout.compile_ahead",)
 NEVER_CHANGE = ("seed", "model.path", "model.random")
-_OVERRIDABLE = ("rollout", "loss", "optimizer", "update", "validation")
+_OVERRIDABLE = ("rollout", "loss", "advantage", "shaping", "optimizer", "update", "validation")
+# What the settings may be, as the tables of objectives.py and advantages.py have it.
+POLICY_LOSSES = (
+    "ppo_clip",
+    "dual_clip",
+    "gspo",
+    "gspo_token",
+    "gmpo",
+    "cispo",
+    "sapo",
+    "reinforce",
+)
+KL_ESTIMATORS = ("k1", "k2", "k3")
+CORRECTIONS = ("none", "tis", "icepop", "seq_mask_tis")
+AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum")
+AGGREGATIONS += ("token_sum_over_constant",)
+ADVANTAGES = ("group", "group_mean", "leave_one_out", "batch", "group_mean_batch")
 
 
 def build(cls: type, values: Mapping[str, Any], where: str = "") -> Any:
@@ -284,6 +340,8 @@ def for_stage(run: RunConfig, index: int) -> RunConfig:
                 f"{', '.join(_OVERRIDABLE)}, such as 'loss.kl_coef'."
             )
         values[section][name] = value
+    constant, longest = values["loss"]["token_constant"], rollout["max_response_len"]
+    values["loss"]["token_constant"] = constant or float(longest)
     return build(RunConfig, values)
 
 
@@ -304,9 +362,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     values = ConfigDict(module.get_config()).to_dict()
     for override in overrides:
         _set(values, override)
-    run = build(RunConfig, values)
+    preset = values.get("preset", "")
+    _require_one_of("preset", preset, ("", *PRESETS))
+    run = build(RunConfig, _filled(values, PRESETS[preset]) if preset else values)
     check(run)
     return run
+
+
+def _filled(values: dict, preset: Mapping[str, Any]) -> dict:
+    """The values, and those of a preset that they lack."""
+    filled = dict(preset) | values
+    for section in preset.keys() & values.keys():
+        filled[section] = dict(preset[section]) | values[section]
+    return filled
 
 
 def parse(argv: Sequence[str], *, workdir: bool = False) -> tuple[RunConfig, Path, bool]:
@@ -358,6 +426,11 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(f"config: {message}")
 
 
+def _require_one_of(name: str, value: str, known: Sequence[str]) -> None:
+    expected = f"{', '.join(known[:-1])} or {known[-1]}"
+    _require(value in known, f"{name!r} must be {expected}, got {value!r}.")
+
+
 def check(run: RunConfig) -> None:
     """Refuses settings that cannot work together.
 
@@ -373,8 +446,7 @@ def check(run: RunConfig) -> None:
         ("metrics.wandb", run.metrics.wandb, ("off", "offline", "online")),
         ("rollout.long_prompts", run.rollout.long_prompts, ("refuse", "truncate")),
     ):
-        expected = f"{', '.join(known[:-1])} or {known[-1]}"
-        _require(value in known, f"{name!r} must be {expected}, got {value!r}.")
+        _require_one_of(name, value, known)
     ranges = {
         f"data.sources.{name}": (source.min_pass_rate, source.max_pass_rate)
         for name, source in run.data.sources.items()
@@ -394,6 +466,7 @@ def check(run: RunConfig) -> None:
     for index, stage in enumerate(run.stages):
         _check_positive(for_stage(run, index))
         _check_sizes(for_stage(run, index))
+        _check_objective(for_stage(run, index))
         _check_reset(stage.reset, f"stages.{index}.reset", run.checkpoint)
         last = index == len(run.stages) - 1
         on_plateau = stage.end_on_plateau and stage.reset.plateau_window > 0
@@ -488,7 +561,9 @@ def _check_positive(run: RunConfig) -> None:
         "rollout.cache_lens": rollout.cache_lens,
         "rollout.sample_rows": rollout.sample_rows,
         "rollout.temperature": rollout.temperature,
-        "loss.tis_cap": loss.tis_cap,
+        "loss.is_high": loss.is_high,
+        "loss.token_constant": loss.token_constant,
+        "advantage.correct_boost": run.advantage.correct_boost,
         "update.max_skipped": update.max_skipped,
         "validation.prompts_per_level": run.validation.prompts_per_level,
         "validation.temperature": run.validation.temperature,
@@ -515,7 +590,7 @@ def _check_positive(run: RunConfig) -> None:
 
 
 def _check_sizes(run: RunConfig) -> None:
-    rollout, update, loss, mesh = run.rollout, run.update, run.loss, run.mesh
+    rollout, update, mesh = run.rollout, run.update, run.mesh
     _require(
         rollout.group_size >= 2,
         f"'rollout.group_size' must be at least 2, got {rollout.group_size}: "
@@ -542,26 +617,67 @@ def _check_sizes(run: RunConfig) -> None:
         f"rollout.max_response_len ({longest}).",
     )
     _require(
-        0 < loss.clip_low < 1 and loss.clip_high > 0,
-        f"'loss.clip_low' must be in (0, 1) and 'loss.clip_high' positive, "
-        f"got {loss.clip_low} and {loss.clip_high}.",
-    )
-    _require(loss.kl_coef >= 0, f"'loss.kl_coef' must be 0 or more, got {loss.kl_coef}.")
-    _require(
         run.optimizer.warmup_steps >= 0,
         f"'optimizer.warmup_steps' must be 0 or more, got {run.optimizer.warmup_steps}.",
     )
     _require(
-        rollout.stop_properly <= 1,
-        f"'rollout.stop_properly' must be at most 1, got {rollout.stop_properly}.",
-    )
-    _require(
         "" not in rollout.stop_strings, "'rollout.stop_strings' has an empty one; leave it out."
     )
+
+
+def _check_objective(run: RunConfig) -> None:
+    loss, shaping = run.loss, run.shaping
+    for name, value, known in (
+        ("loss.policy_loss", loss.policy_loss, POLICY_LOSSES),
+        ("loss.kl_estimator", loss.kl_estimator, KL_ESTIMATORS),
+        ("loss.kl_in", loss.kl_in, ("loss", "reward")),
+        ("loss.correction", loss.correction, CORRECTIONS),
+        ("loss.aggregation", loss.aggregation, AGGREGATIONS),
+        ("advantage.estimator", run.advantage.estimator, ADVANTAGES),
+    ):
+        _require_one_of(name, value, known)
     _require(
-        loss.kl_estimator in ("k2", "k3"),
-        f"'loss.kl_estimator' must be k2 or k3, got {loss.kl_estimator!r}.",
+        loss.kl_estimator != "k1" or loss.kl_in == "reward",
+        "'loss.kl_estimator' k1 has no expected gradient as a loss; use k2 or k3, or "
+        "loss.kl_in='reward'.",
     )
+    unbounded = 1.0 if loss.policy_loss == "cispo" else math.nextafter(1.0, 0.0)
+    _require(
+        0 < loss.clip_low <= unbounded and loss.clip_high > 0,
+        f"'loss.clip_low' must be in (0, 1) (1 with cispo alone) and 'loss.clip_high' positive, "
+        f"got {loss.clip_low} and {loss.clip_high}.",
+    )
+    _require(loss.dual_clip > 1, f"'loss.dual_clip' must be above 1, got {loss.dual_clip}.")
+    _require(
+        0 <= loss.is_low <= min(1.0, loss.is_high),
+        f"'loss.is_low' must be from 0 to 1 and at most loss.is_high, got {loss.is_low} and "
+        f"{loss.is_high}.",
+    )
+    _require(
+        shaping.stop_properly <= 1,
+        f"'shaping.stop_properly' must be at most 1, got {shaping.stop_properly}.",
+    )
+    _require(
+        0 <= shaping.overlong_buffer <= 1,
+        f"'shaping.overlong_buffer' must be in [0, 1], got {shaping.overlong_buffer}.",
+    )
+    _require(
+        shaping.length_min <= shaping.length_max,
+        f"'shaping.length_min' must be at most shaping.length_max, got {shaping.length_min} and "
+        f"{shaping.length_max}.",
+    )
+    for name, value in {
+        "loss.kl_coef": loss.kl_coef,
+        "loss.entropy_coef": loss.entropy_coef,
+        "loss.entropy_target": loss.entropy_target,
+        "loss.entropy_step": loss.entropy_step,
+        "shaping.length_coef": shaping.length_coef,
+        "shaping.length_on": shaping.length_on,
+        "shaping.length_off": shaping.length_off,
+        "shaping.ngram_size": shaping.ngram_size,
+        "shaping.ngram_coef": shaping.ngram_coef,
+    }.items():
+        _require(0 <= value < math.inf, f"{name!r} must be 0 or more, got {value}.")
 
 
 def packing(run: RunConfig) -> dict[str, int]:

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from prolong_jax.advantages import group_advantage, is_dead, stop_properly
-from prolong_jax.config import RolloutSettings, VerifierSettings
+from prolong_jax import shaping
+from prolong_jax.advantages import ESTIMATORS, boost_correct, is_dead
+from prolong_jax.config import RunConfig, VerifierSettings
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.packing import Conversation
 from prolong_jax.slots import Sample
@@ -73,24 +74,51 @@ class OpenGroup:
         )
 
 
-def advantages(group: Group, settings: RolloutSettings) -> np.ndarray:
-    """f64 [G]: advantages from the shaped rewards; the raw ones decided whether the group lives."""
-    shaped = stop_properly(
+def shaped_reward(group: Group, run: RunConfig, step: int) -> np.ndarray:
+    """f64 [G]: what the responses are trained on in a step; the raw rewards decided who lives."""
+    settings, limit = run.shaping, run.rollout.max_response_len
+    length = np.array([len(tokens) for tokens in group.tokens])
+    reward = shaping.stop_properly(
         np.array(group.scores), np.array(group.stopped), coef=settings.stop_properly
     )
-    return group_advantage(shaped, group.scored)
+    reward = reward + shaping.soft_overlong(length, limit=limit, buffer=settings.overlong_buffer)
+    if settings.length_coef and shaping.is_on(step, on=settings.length_on, off=settings.length_off):
+        ends = {"low": settings.length_min, "high": settings.length_max}
+        reward = reward + settings.length_coef * shaping.cosine_length(length, limit=limit, **ends)
+    if settings.ngram_size and settings.ngram_coef:
+        repeated = [shaping.repetition(tokens, settings.ngram_size) for tokens in group.tokens]
+        reward = reward - settings.ngram_coef * np.array(repeated)
+    return reward
 
 
-def conversations(group: Group, settings: RolloutSettings) -> list[Conversation]:
-    """The group as the update wants it; responses that were not scored are left out."""
-    prompt = np.array(group.prompt_tokens, np.int32)
-    return [
-        Conversation(prompt, np.array(tokens, np.int32), np.array(logp, np.float32), float(a))
-        for tokens, logp, a, scored in zip(
-            group.tokens, group.logp, advantages(group, settings), group.scored, strict=True
+def advantages(groups: Sequence[Group], run: RunConfig, step: int) -> np.ndarray:
+    """f64 [P, G]: of all groups that a step trains on, which some estimators look at together."""
+    reward = np.array([shaped_reward(group, run, step) for group in groups])
+    scored = np.array([group.scored for group in groups])
+    advantage = ESTIMATORS[run.advantage.estimator](reward, scored)
+    raw = np.array([group.scores for group in groups])
+    return boost_correct(advantage, raw, factor=run.advantage.correct_boost)
+
+
+def conversations(groups: Sequence[Group], run: RunConfig, step: int) -> list[list[Conversation]]:
+    """The groups as the update wants them. Responses that were not scored are left out, and with
+    `shaping.overlong_filter` those without an end."""
+    found = []
+    for group, advantage in zip(groups, advantages(groups, run, step), strict=True):
+        prompt = np.array(group.prompt_tokens, np.int32)
+        counts = group.scored & (np.array(group.stopped) | (not run.shaping.overlong_filter))
+        found.append(
+            [
+                Conversation(
+                    prompt,
+                    np.array(group.tokens[i], np.int32),
+                    np.array(group.logp[i], np.float32),
+                    float(advantage[i]),
+                )
+                for i in np.flatnonzero(counts)
+            ]
         )
-        if scored
-    ]
+    return found
 
 
 def statistics(kept: Sequence[Group], sampled: Sequence[Group], surplus: int) -> dict[str, float]:
@@ -126,9 +154,14 @@ def statistics(kept: Sequence[Group], sampled: Sequence[Group], surplus: int) ->
 
 
 def sample_rows(
-    groups: Sequence[Group], settings: RolloutSettings, step: int
+    groups: Sequence[Group], kept: Sequence[Group], run: RunConfig, step: int
 ) -> list[dict[str, Any]]:
-    """The first response of each group as a row of samples.jsonl."""
+    """The first response of each group as a row of samples.jsonl.
+
+    Its advantage is 0 where the step was not trained on its group.
+    """
+    found = advantages(kept, run, step) if kept else ()
+    advantage = {id(group): float(a[0]) for group, a in zip(kept, found, strict=True)}
     return [
         {
             "step": step,
@@ -139,7 +172,7 @@ def sample_rows(
             "score": group.scores[0],
             "status": group.statuses[0],
             "detail": group.details[0],
-            "advantage": float(advantages(group, settings)[0]),
+            "advantage": advantage.get(id(group), 0.0),
             "stopped": group.stopped[0],
         }
         for group in groups

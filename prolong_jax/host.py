@@ -10,10 +10,11 @@ import numpy as np
 
 from prolong_jax import processes, roofline
 from prolong_jax.checkpoint import Checkpointer
-from prolong_jax.config import UpdateSettings
+from prolong_jax.config import LossSettings, UpdateSettings
 from prolong_jax.data.mixture import Position
 from prolong_jax.groups import group_from_dict
 from prolong_jax.metrics import Progress, Writer
+from prolong_jax.objectives import adapted_entropy_coef, adapted_entropy_shift
 from prolong_jax.processes import Timer
 from prolong_jax.reset_rules import Evaluation, History
 from prolong_jax.rollout import Cursor
@@ -31,6 +32,8 @@ class Host:
     base: dict[str, Any] = field(default_factory=dict)  # validation before step 1
     resets: list[dict[str, Any]] = field(default_factory=list)
     skipped_in_a_row: int = 0
+    entropy: float = 0.0  # nats per token, in the last step
+    entropy_shift: float = 0.0  # see adapted_entropy_shift
     samples: int = 0
     generated_tokens: int = 0
     wall_s: float = 0.0
@@ -96,6 +99,26 @@ class Host:
         for metrics in updates:
             skipped = metrics["update/skipped_nonfinite"] > 0
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+    def entropy_coef(self, loss: LossSettings) -> float:
+        """The coefficient of the entropy in the next update."""
+        if loss.entropy_target == 0:
+            return loss.entropy_coef
+        coef, target = loss.entropy_coef, loss.entropy_target
+        return adapted_entropy_coef(self.entropy_shift, self.entropy, coef=coef, target=target)
+
+    def adapt_entropy(self, loss: LossSettings, entropy: float | None) -> None:
+        """Takes note of a step's entropy; None where nothing was trained on."""
+        if loss.entropy_target == 0 or entropy is None:
+            return
+        self.entropy = entropy
+        self.entropy_shift = adapted_entropy_shift(
+            self.entropy_shift,
+            entropy,
+            coef=loss.entropy_coef,
+            target=loss.entropy_target,
+            step=loss.entropy_step,
+        )
 
     def add_phases(self, phases: dict[str, float]) -> None:
         for phase, seconds in phases.items():

@@ -4,18 +4,22 @@ All log-probabilities are in nats and of the token that was sampled. `logp` is t
 trained and alone carries gradient; `old_logp` is the policy before this step's updates,
 `sampler_logp` the distribution that was sampled, `ref_logp` the reference policy.
 
-Pieces return one value per token and know no mask. `grpo_loss` puts them together. Another
-objective is another function made of the same pieces.
+Here are the pieces of ProRL, and `objective`, which puts pieces together. objectives.py has the rest
+of the family, under the names of the settings.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from prolong_jax import masked
+from prolong_jax import sequences
 from prolong_jax.types import Batch, Mean
 
 FloatBT = Float[Array, "B T"]
+Scalar = Float[Array, ""]
 
 RATIO_LIMIT = 20.0  # nats; exp(20) = 4.9e8 leaves float32 room for sums and gradients
 KL_LIMIT = 5.0  # nats; the KL estimators go on linearly where log(pi_ref / pi) passes it
@@ -30,7 +34,15 @@ def importance_ratio(logp_BT: FloatBT, old_logp_BT: FloatBT) -> FloatBT:
     return jnp.exp(jnp.clip(logp_BT - old_logp_BT, -RATIO_LIMIT, RATIO_LIMIT))
 
 
-def clipped_policy_loss(
+def clipped_surrogate(
+    ratio_BT: FloatBT, advantage_BT: FloatBT, clip_low: float, clip_high: float
+) -> FloatBT:
+    """-min(r * A, clip(r, 1 - clip_low, 1 + clip_high) * A), for any ratio r."""
+    clipped_BT = jnp.clip(ratio_BT, 1.0 - clip_low, 1.0 + clip_high)
+    return -jnp.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
+
+
+def ppo_clip(
     logp_BT: FloatBT,
     old_logp_BT: FloatBT,
     advantage_BT: FloatBT,
@@ -51,14 +63,13 @@ def clipped_policy_loss(
         clip_high: >= 0; above 1 + clip_high a positive advantage has no gradient.
     """
     ratio_BT = importance_ratio(logp_BT, old_logp_BT)
-    clipped_BT = jnp.clip(ratio_BT, 1.0 - clip_low, 1.0 + clip_high)
-    return -jnp.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
+    return clipped_surrogate(ratio_BT, advantage_BT, clip_low, clip_high)
 
 
 def kl_k1(logp_BT: FloatBT, ref_logp_BT: FloatBT) -> FloatBT:
     """KL(pi || pi_ref) as log(pi / pi_ref): unbiased, of either sign, unbounded.
 
-    For monitoring only: as a loss its expected gradient is zero.
+    For monitoring and as part of the reward: as a loss its expected gradient is zero.
     """
     return logp_BT - ref_logp_BT
 
@@ -87,85 +98,58 @@ def kl_k3(logp_BT: FloatBT, ref_logp_BT: FloatBT) -> FloatBT:
     return jnp.expm1(near_BT) * (1.0 + d_BT - near_BT) - near_BT
 
 
-KL_ESTIMATORS = {"k2": kl_k2, "k3": kl_k3}
+@dataclass(frozen=True)
+class Parts:
+    """What an objective is made of. Functions get arrays by name, mask and segments among them."""
+
+    policy_loss: Callable[..., FloatBT]  # of logp_BT, old_logp_BT, advantage_BT
+    ratio: Callable[..., FloatBT]  # of logp_BT, old_logp_BT: what the loss compares with its bounds
+    correction: Callable[..., FloatBT]  # of old_logp_BT, sampler_logp_BT: the weight of a token
+    aggregate: Callable[..., Mean]  # of x_BT
+    kl: Callable[[FloatBT, FloatBT], FloatBT]
+    kl_coef: float
+    kl_in_reward: bool
 
 
-def truncated_importance_weight(
-    old_logp_BT: FloatBT, sampler_logp_BT: FloatBT, *, cap: float
-) -> FloatBT:
-    """min(pi_old / pi_sampler, cap), a constant for the gradient.
+def objective(
+    parts: Parts, logp_BT: FloatBT, entropy_BT: FloatBT, batch: Batch, entropy_coef: Scalar | float
+) -> tuple[Mean, dict[str, FloatBT]]:
+    """The aggregate of w * policy loss + kl_coef * KL(pi || pi_ref) - entropy_coef * entropy.
 
-    Corrects for a sampler whose distribution is not quite the trainer's (other kernels, other
-    precision, older weights). Yao et al. 2025, truncated importance sampling (TIS).
-
-    Args:
-        old_logp_BT: constant.
-        sampler_logp_BT: constant.
-        cap: > 0, usually 2 to 10.
-    """
-    return jax.lax.stop_gradient(jnp.minimum(importance_ratio(old_logp_BT, sampler_logp_BT), cap))
-
-
-def grpo_loss(
-    logp_BT: FloatBT,
-    batch: Batch,
-    *,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
-    kl_estimator: str,
-    tis_cap: float,
-) -> tuple[Mean, dict[str, Mean]]:
-    """GRPO as in ProRL: the token mean of w * clipped policy loss + kl_coef * KL(pi || pi_ref).
-
-    ProRL (arXiv 2505.24864) Eq. 4, aggregated over the tokens of the whole batch as in DAPO
-    (arXiv 2503.14476) Eq. 8. Values where `batch.mask` is false have no influence.
+    ProRL (arXiv 2505.24864) Eq. 4. With the KL in the reward, a token's advantage is instead
+    lowered by kl_coef times the KL from there to the response's end, as in REINFORCE++ (arXiv
+    2501.03262); not normalised with the rewards, so that kl_coef keeps its unit. Values where
+    `batch.mask` is false have no influence.
 
     Args:
+        parts: see `objectives.make_objective`.
         logp_BT: carries gradient; scored at the temperature of the sampler.
+        entropy_BT: nats; carries gradient where entropy_coef is not 0.
         batch: the responses and their constants.
-        clip_low, clip_high: see `clipped_policy_loss`.
-        kl_coef: >= 0.
-        kl_estimator: a key of `KL_ESTIMATORS`.
-        tis_cap: upper bound of the weight w, see `truncated_importance_weight`.
+        entropy_coef: reward of a nat of entropy, >= 0.
 
     Returns:
-        The loss to minimise, and statistics without gradient. Both are not divided yet: add them
-        over micro-batches and devices, then `masked.divide`.
+        The loss to minimise, not divided yet: add it over micro-batches and devices, then
+        `masked.divide`. And its terms, without gradient.
     """
-    mask_BT = batch.mask
-    logp_BT, old_logp_BT, ref_logp_BT, sampler_logp_BT = (
-        jnp.where(mask_BT, x_BT, 0.0)
-        for x_BT in (logp_BT, batch.old_logp, batch.ref_logp, batch.sampler_logp)
+    mask_BT, where = batch.mask, {"mask_BT": batch.mask, "segments_BT": batch.segments}
+    logp_BT, entropy_BT, old_logp_BT, ref_logp_BT, sampler_logp_BT, advantage_BT = (
+        jnp.where(mask_BT, x_BT.astype(jnp.float32), 0.0)
+        for x_BT in (logp_BT, entropy_BT, batch.old_logp, batch.ref_logp, batch.sampler_logp)
+        + (batch.advantage,)
     )
-    clip = {"clip_low": clip_low, "clip_high": clip_high}
-    weight_BT = truncated_importance_weight(old_logp_BT, sampler_logp_BT, cap=tis_cap)
-    policy_loss_BT = weight_BT * clipped_policy_loss(logp_BT, old_logp_BT, batch.advantage, **clip)
-    kl_loss_BT = kl_coef * KL_ESTIMATORS[kl_estimator](logp_BT, ref_logp_BT)
-    statistics = {
-        "policy_loss": policy_loss_BT,
-        "kl_loss": kl_loss_BT,
-        "kl_ref": kl_k3(logp_BT, ref_logp_BT),
-        "kl_old": kl_k3(old_logp_BT, logp_BT),  # KL(pi_old || pi): the tokens are pi_old's
-        "tis_weight": weight_BT,
-        "tis_capped": (weight_BT >= tis_cap).astype(jnp.float32),
-        "advantage": batch.advantage,
-        "advantage_square": jnp.square(batch.advantage),
-        **_ratio_statistics(importance_ratio(logp_BT, old_logp_BT), batch.advantage, **clip),
-    }
-    return masked.token_mean(policy_loss_BT + kl_loss_BT, mask_BT), {
-        name: masked.token_mean(jax.lax.stop_gradient(x_BT), mask_BT)
-        for name, x_BT in statistics.items()
-    }
-
-
-def _ratio_statistics(ratio_BT, advantage_BT, *, clip_low, clip_high):
-    """A token counts as clipped where the bound took its gradient away."""
-    low_BT = (advantage_BT < 0) & (ratio_BT < 1.0 - clip_low)
-    high_BT = (advantage_BT > 0) & (ratio_BT > 1.0 + clip_high)
-    return {
-        "ratio": ratio_BT,
-        "ratio_deviation": jnp.abs(ratio_BT - 1.0),
-        "clip_fraction_low": low_BT.astype(jnp.float32),
-        "clip_fraction_high": high_BT.astype(jnp.float32),
-    }
+    old, now = {"old_logp_BT": old_logp_BT} | where, {"logp_BT": logp_BT}
+    weight_BT = parts.correction(sampler_logp_BT=sampler_logp_BT, **old)
+    if parts.kl_in_reward:
+        kl_loss_BT = jnp.zeros_like(logp_BT)
+        kl_BT = parts.kl(old_logp_BT, ref_logp_BT)
+        advantage_BT -= parts.kl_coef * sequences.sum_to_end(kl_BT, **where)
+    else:
+        kl_loss_BT = parts.kl_coef * parts.kl(logp_BT, ref_logp_BT)
+    policy_loss_BT = weight_BT * parts.policy_loss(advantage_BT=advantage_BT, **old, **now)
+    loss_BT = policy_loss_BT + kl_loss_BT - entropy_coef * entropy_BT
+    terms = {"logp": logp_BT, "old_logp": old_logp_BT, "ref_logp": ref_logp_BT}
+    terms |= {"sampler_logp": sampler_logp_BT, "advantage": advantage_BT, "entropy": entropy_BT}
+    terms |= {"policy_loss": policy_loss_BT, "kl_loss": kl_loss_BT, "is_weight": weight_BT}
+    terms["ratio"] = parts.ratio(**old, **now)
+    return parts.aggregate(x_BT=loss_BT, **where), jax.lax.stop_gradient(terms)

@@ -1,4 +1,4 @@
-"""Reductions over real tokens, and the two quantities that are read off logits.
+"""Reductions over real tokens, and two quantities that are read off logits.
 
 A reduction returns a `Mean`: (total, weight), not divided. Micro-batches and devices add their
 Means, and `divide` is called once on the sum. A mean of means would weigh a token of a short
@@ -7,8 +7,6 @@ micro-batch more than one of a long micro-batch.
 Masked positions may hold anything, NaN and infinities included. They are replaced by `where`
 before any arithmetic, because 0 * inf is NaN, in the value and in the gradient.
 """
-
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,6 @@ FloatBT = Float[Array, "B T"]
 IntBT = Int[Array, "B T"]
 BoolBT = Bool[Array, "B T"]
 FloatBTV = Float[Array, "B T V"]
-Scalar = Float[Array, ""]
 
 
 def token_mean(x_BT: FloatBT, mask_BT: BoolBT) -> Mean:
@@ -33,25 +30,7 @@ def token_mean(x_BT: FloatBT, mask_BT: BoolBT) -> Mean:
     Returns:
         total = sum of x over real tokens, weight = number of real tokens.
     """
-    return Mean(_zero_masked_BT(x_BT, mask_BT).sum(), mask_BT.sum(dtype=jnp.float32))
-
-
-def sequence_mean(x_BT: FloatBT, mask_BT: BoolBT, segments_BT: IntBT) -> Mean:
-    """Mean over responses of the mean over their tokens: every response weighs the same.
-
-    Args:
-        x_BT: any values; carries gradient where the mask is true.
-        mask_BT: true at the tokens that count; a response without any weighs 0.
-        segments_BT: in [0, T], the number of the response within its row.
-
-    Returns:
-        total = sum over responses of their token mean, weight = number of responses.
-    """
-    # P: the responses of a row
-    count_BP = _segment_sum_BP(mask_BT.astype(jnp.float32), segments_BT)
-    sum_BP = _segment_sum_BP(_zero_masked_BT(x_BT, mask_BT), segments_BT)
-    mean_BP = sum_BP / jnp.maximum(count_BP, 1.0)
-    return Mean(mean_BP.sum(), (count_BP > 0).sum(dtype=jnp.float32))
+    return Mean(zero_masked(x_BT, mask_BT).sum(), mask_BT.sum(dtype=jnp.float32))
 
 
 def add(left: Mean, right: Mean) -> Mean:
@@ -59,7 +38,7 @@ def add(left: Mean, right: Mean) -> Mean:
     return Mean(left.total + right.total, left.weight + right.weight)
 
 
-def divide(mean: Mean) -> Scalar:
+def divide(mean: Mean) -> Float[Array, "..."]:
     """total / weight, and 0 with zero gradient where the weight is 0."""
     is_empty = mean.weight == 0
     return jnp.where(is_empty, 0.0, mean.total / jnp.where(is_empty, 1.0, mean.weight))
@@ -95,10 +74,6 @@ def entropy(logits_BTV: FloatBTV) -> FloatBT:
     return -(jnp.exp(logp_BTV) * finite_logp_BTV).sum(axis=-1)
 
 
-def _zero_masked_BT(x_BT, mask_BT):
+def zero_masked(x_BT: FloatBT, mask_BT: BoolBT) -> FloatBT:
+    """x as f32, 0 where the mask is false."""
     return jnp.where(mask_BT, x_BT.astype(jnp.float32), 0.0)
-
-
-def _segment_sum_BP(x_BT, segments_BT):
-    sum_row = partial(jax.ops.segment_sum, num_segments=x_BT.shape[1] + 1)
-    return jax.vmap(sum_row)(x_BT, segments_BT)

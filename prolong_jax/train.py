@@ -35,7 +35,6 @@ from prolong_jax.data.mixture import Sources, next_prompts, open_sources, record
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.evaluate import evaluate, held_out_by_stage, validation_metrics
 from prolong_jax.groups import (
-    Group,
     conversations,
     refuse_broken_verifiers,
     sample_rows,
@@ -93,11 +92,11 @@ class Outside:
 
 def train_step(
     setup: Setup, state: TrainState, host: Host, timer: Timer
-) -> tuple[TrainState, dict[str, Any], list[Group]]:
+) -> tuple[TrainState, dict[str, Any], list[dict[str, Any]]]:
     """One step: collect live groups, score them, update the policy once per mini-batch.
 
     Returns:
-      The new state, the step's metrics, and the groups that were sampled, dead ones too.
+      The new state, the step's metrics, and rows of samples.jsonl.
     """
     run, mesh = for_stage(setup.run, host.progress.stage), setup.collector.mesh
     stage, step = run.stages[host.progress.stage], host.progress.step + 1
@@ -123,8 +122,8 @@ def train_step(
     score, update = programs(trained, mesh, run)
     with timer("score"):
         batches = []
-        for minibatch in split(kept, run.update.num_minibatches):
-            items = [c for group in minibatch for c in conversations(group, run.rollout)]
+        for minibatch in split(conversations(kept, run, step), run.update.num_minibatches):
+            items = [conversation for group in minibatch for conversation in group]
             batch, used = pack(items, **packing(run), layout=trained.layout)
             batches.append((score(state, put_rows(mesh, batch), used), used))
         jax.block_until_ready(batches)
@@ -133,19 +132,21 @@ def train_step(
     with timer("update"):
         updates = []
         for batch, used in batches:
-            state, metrics = update(state, batch, used)
+            state, metrics = update(state, batch, used, host.entropy_coef(run.loss))
             updates.append(metrics)
         updates = jax.device_get(updates)
 
     host.samples += sum(len(group.tokens) for group in sampled)
     host.generated_tokens += sum(len(t) for group in sampled for t in group.tokens)
     host.count_skipped(updates)
-    row = statistics(kept, sampled, len(host.cursor.surplus)) | combined(updates)
+    told = combined(updates) | {"update/entropy_coef": host.entropy_coef(run.loss)}
+    host.adapt_entropy(run.loss, told.get("update/entropy"))
+    row = statistics(kept, sampled, len(host.cursor.surplus)) | told
     row |= {"stage": stage.name, "stage_index": host.progress.stage}
-    return state, row, sampled
+    return state, row, sample_rows(sampled[: run.metrics.samples_per_step], kept, run, step)
 
 
-def split(groups: Sequence[Group], parts: int) -> list[list[Group]]:
+def split(groups: Sequence[Any], parts: int) -> list[list[Any]]:
     """At most `parts` parts of nearly the same number of groups, none empty."""
     bounds = np.linspace(0, len(groups), min(parts, len(groups)) + 1).round().astype(int)
     return [list(groups[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
@@ -267,7 +268,7 @@ def loop(setup: Setup, state: TrainState, host: Host, outside: Outside) -> Train
 
         stage, step, evaluation = host.progress.stage, host.progress.step + 1, None
         stage_run = for_stage(run, stage)
-        state, row, sampled = train_step(setup, state, host, timer)
+        state, row, samples = train_step(setup, state, host, timer)
         row |= event
         if stages.is_evaluation_due(stage_run, step) or "evaluate" in request:
             table, validation_row = validate(setup, state, stage, step, timer)
@@ -278,8 +279,7 @@ def loop(setup: Setup, state: TrainState, host: Host, outside: Outside) -> Train
         host.refuse_lost_run(stage_run.update, checkpointer.latest_step)
         row |= setup.collector.pool.take_metrics() | checkpointer.take_metrics()
         report_row(row, host, timer, outside.writer, outside.view)
-        shown = sampled[: run.metrics.samples_per_step]
-        outside.writer.samples(sample_rows(shown, stage_run.rollout, step))
+        outside.writer.samples(samples)
         is_best = evaluation is not None and host.progress.best == evaluation
         is_best = is_best and run.checkpoint.keep_best
         if step % run.checkpoint.every == 0 or is_best or "save" in request:

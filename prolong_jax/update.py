@@ -15,11 +15,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from prolong_jax.config import LossSettings
-from prolong_jax.losses import grpo_loss, importance_ratio
-from prolong_jax.masked import divide, token_mean
+from prolong_jax.losses import importance_ratio
+from prolong_jax.masked import divide
 from prolong_jax.mesh import ROW_AXES, ROWS, put
 from prolong_jax.models.attention import Packed
 from prolong_jax.models.decoder import Model
+from prolong_jax.objectives import Objective, make_objective, quantile
 from prolong_jax.optimizer import learning_rate
 from prolong_jax.types import Array, Batch, Mean, PyTree, TrainState
 
@@ -70,17 +71,16 @@ def make_score(
 
 
 def _local_sums(
-    loss: LossSettings, logp_BT: Array, entropy_BT: Array, rows: Batch
+    objective: Objective, logp_BT: Array, entropy_BT: Array, rows: Batch, entropy_coef: Array
 ) -> tuple[tuple[Mean, dict[str, Mean]], dict[str, Array]]:
     """The objective and its statistics, summed over the rows of all devices; and their maxima."""
-    total, statistics = grpo_loss(logp_BT, rows, **asdict(loss))
-    statistics["entropy"] = token_mean(entropy_BT, rows.mask)
+    sums = objective(logp_BT, entropy_BT, rows, entropy_coef)
     ratio_BT = importance_ratio(jax.lax.stop_gradient(logp_BT), rows.old_logp)
     highest = {"ratio_max": ratio_BT, "ratio_min": 1.0 / ratio_BT}
     highest |= {"advantage_max": rows.advantage, "advantage_min": -rows.advantage}
     # Maxima start at 0, which none is below: the advantages of a group add up to 0.
     highest = {k: jnp.where(rows.mask, x_BT, 0.0).max() for k, x_BT in highest.items()}
-    return jax.lax.psum((total, statistics), ROW_AXES), jax.lax.pmax(highest, ROW_AXES)
+    return jax.lax.psum(sums, ROW_AXES), jax.lax.pmax(highest, ROW_AXES)
 
 
 def _divided(total: Mean, sums: dict[str, Mean], highest: dict[str, Array]) -> dict[str, Array]:
@@ -88,7 +88,11 @@ def _divided(total: Mean, sums: dict[str, Mean], highest: dict[str, Array]) -> d
     means = {"loss": divide(total)} | {name: divide(mean) for name, mean in sums.items()}
     variance = means.pop("advantage_square") - jnp.square(means["advantage"])
     least = {"ratio_min": 1 / highest["ratio_min"], "advantage_min": -highest["advantage_min"]}
-    return means | highest | least | {"advantage_std": jnp.sqrt(jnp.maximum(variance, 0.0))}
+    means["advantage_std"] = jnp.sqrt(jnp.maximum(variance, 0.0))
+    below, square = means.pop("is_logratio_below"), means.pop("is_weight_square")
+    means |= {f"is_ratio_q{q:02}": quantile(below, q / 100) for q in (1, 50, 99)}
+    means["is_ess"] = jnp.square(means["is_weight"]) / jnp.maximum(square, 1e-30)
+    return means | highest | least
 
 
 def make_update(
@@ -102,7 +106,7 @@ def make_update(
 ) -> Callable[[TrainState, Batch, int], tuple[TrainState, dict[str, Array]]]:
     """A compiled optimizer step over a batch [M, R, T]; the state that comes in is donated.
 
-    The gradient is that of the token mean over the whole batch: micro-batches and devices add up
+    The gradient is that of the aggregate over the whole batch: micro-batches and devices add up
     totals and weights, and the sum is divided once. An update whose gradient is not finite is
     skipped and counted in `update/skipped_nonfinite`.
 
@@ -110,28 +114,38 @@ def make_update(
     is the one at hand and its logprobs need not be in the batch.
     """
 
-    local_sums = partial(_local_sums, loss)
-    global_sums = jax.shard_map(local_sums, mesh=mesh, in_specs=ROWS, out_specs=P())
+    local_sums = partial(_local_sums, make_objective(**asdict(loss)))
+    specs = (ROWS, ROWS, ROWS, P())
+    global_sums = jax.shard_map(local_sums, mesh=mesh, in_specs=specs, out_specs=P())
 
-    def objective(params: PyTree, rows: Batch, grads: PyTree):
+    def objective(params: PyTree, rows: Batch, grads: PyTree, entropy_coef: Array):
         logp_BT, entropy_BT = token_logprobs(model, params, rows, temperature, grads)
         if on_policy:
             rows = replace(rows, old_logp=jax.lax.stop_gradient(logp_BT))
-        means, highest = global_sums(logp_BT, jax.lax.stop_gradient(entropy_BT), rows)
+        if not (loss.entropy_coef or loss.entropy_target):
+            entropy_BT = jax.lax.stop_gradient(entropy_BT)  # is cheaper
+        means, highest = global_sums(logp_BT, entropy_BT, rows, entropy_coef)
         return means[0].total, (means, highest)
 
     gradient = jax.grad(objective, has_aux=True)
 
-    def update(state: TrainState, batch: Batch, num_micro_batches: Array):
+    def update(
+        state: TrainState,
+        batch: Batch,
+        num_micro_batches: Array,
+        entropy_coef: Array | float = loss.entropy_coef,
+    ):
         def added(index, sums):
             grads, (means, highest) = sums
-            found, (more, higher) = gradient(state.params, _micro_batch(batch, index), grads)
+            found, (more, higher) = gradient(
+                state.params, _micro_batch(batch, index), grads, entropy_coef
+            )
             grads = grads | {model.head_name: _zeros(grads[model.head_name])}  # in `found` already
             grads, means = jax.tree.map(jnp.add, (grads, means), (found, more))
             return grads, (means, jax.tree.map(jnp.maximum, highest, higher))
 
         first = _micro_batch(batch, jnp.int32(0))
-        start = _zeros(jax.eval_shape(gradient, state.params, first, state.params))
+        start = _zeros(jax.eval_shape(gradient, state.params, first, state.params, entropy_coef))
         grads, aux = jax.lax.fori_loop(0, num_micro_batches, added, start)
         (total, statistics), highest = aux
         grads = jax.tree.map(lambda g: g / jnp.maximum(total.weight, 1.0), grads)

@@ -66,7 +66,7 @@ def test_round_trip():
         ("stages=[{'end_on_plateau': True}, {}]", "'stages.0' never ends"),
         ("validation.prompts_per_level=0", "'validation.prompts_per_level' must be greater than 0"),
         ("validation.temperature=0.0", "'validation.temperature' must be greater than 0"),
-        ("rollout.stop_properly=2.0", "'rollout.stop_properly' must be at most 1"),
+        ("shaping.stop_properly=2.0", "'rollout.stop_properly' must be at most 1"),
         ("rollout.sample_rows=0", "'rollout.sample_rows' must be greater than 0"),
         ("rollout.stop_strings=['a', '']", "'rollout.stop_strings' has an empty one"),
         ("update.max_skipped=0", "'update.max_skipped' must be greater than 0"),
@@ -163,7 +163,7 @@ def test_the_eight_runs_of_prorl():
     assert [run.rollout.max_prompt_len + run.rollout.max_response_len for run in runs] == [
         8096
     ] * 7 + [16384]
-    assert [run.rollout.stop_properly for run in runs] == [1.0] * 3 + [0.0] * 5
+    assert [run.shaping.stop_properly for run in runs] == [1.0] * 3 + [0.0] * 5
     assert ["instruct" in stage.mixture for stage in v1.stages] == [False, False] + [True] * 6
     assert [i + 1 for i, stage in enumerate(v1.stages) if stage.reset_at_start] == [2, 6, 7]
     assert all(stage.reset.optimizer for stage in v1.stages) and v1.stages[-1].steps == 200

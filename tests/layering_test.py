@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 # A name stands for the module or for a subpackage with all its modules. Imports go downwards only.
 LAYERS = (
-    ("types", "config", "model_files"),
+    ("types", "presets", "model_files"),
+    ("config",),
     (
         "masked",
         "mesh",
@@ -25,12 +26,14 @@ LAYERS = (
         "tokenizer",
         "reset_rules",
         "advantages",
+        "shaping",
         "verifiers",
         "roofline",
         "charts",
     ),
-    ("losses", "optimizer", "models", "data", "next_token", "slots", "scores", "stages"),
-    ("packing",),
+    ("sequences", "optimizer", "models", "data", "next_token", "slots", "scores", "stages"),
+    ("losses", "packing"),
+    ("objectives",),
     ("sampler", "update", "checkpoint", "metrics"),
     ("groups", "outcomes", "policy", "startup"),
     ("rollout",),
@@ -50,9 +53,10 @@ JAX_FREE = ("verifiers", "data")
 JAX_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 # The pure mathematics sees nothing but numbers: no configuration, no input or output.
-PURE = ("masked", "losses", "advantages", "scores")
+PURE = ("masked", "sequences", "losses", "objectives", "advantages", "shaping", "scores")
 PURE_LIBRARIES = {"jax", "jaxtyping", "numpy", "math", "functools", "typing", "dataclasses"}
-PURE_LIBRARIES |= {"collections", "enum", f"{PACKAGE}.types", f"{PACKAGE}.masked"}
+PURE_LIBRARIES |= {"collections", "enum", "inspect", f"{PACKAGE}.types", f"{PACKAGE}.masked"}
+PURE_LIBRARIES |= {f"{PACKAGE}.sequences", f"{PACKAGE}.losses"}
 
 # Side effects belong here; the doors to the program (the last layer) are free as well.
 EFFECTFUL = ("data", "model_files", "models.hf", "models.tensors", "checkpoint", "metrics")

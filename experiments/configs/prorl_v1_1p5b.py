@@ -33,7 +33,7 @@ SOURCES = {
 MONITOR = ("aime24", "codeforces", "gpqa_diamond", "ifeval", "reasoning_gym_test")
 # The owner of a run watches and resets; these rules, whose numbers are ours, do it unattended.
 RULES = {"plateau_window": 5, "plateau_gain": 0.0, "degradation": 0.03, "cooldown": 50}
-STOP = {"rollout.stop_properly": 0.0}
+STOP = {"shaping.stop_properly": 0.0}
 
 
 def stage(name: str, steps: int, mixture: dict, overrides: dict, *, resets: bool) -> dict:

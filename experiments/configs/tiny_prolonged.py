@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
                     "name": "proper ends",
                     "steps": 300,
                     "reset": {**rules, "every": 150},
-                    "overrides": {"rollout.stop_properly": 0.0},
+                    "overrides": {"shaping.stop_properly": 0.0},
                 },
                 {
                     "name": "larger groups",
