@@ -3,7 +3,7 @@
     python -m experiments.ablations NAME --workdir=runs/ablations [--seeds=0,1,2] [--only=VARIANT ...]
     python -m experiments.ablations page [--workdir=runs/ablations]
 
-NAME is a file of experiments/configs/ablations: clip, kl, kl_unstable, temperature, dynamic, prolonged
+NAME is a file of experiments/configs/ablations: clip, kl, kl_unstable, temperature, dynamic, prolonged, objective
 or group_size. The first command trains and scores what is not there yet, one run after the other in one process,
 and goes on where it was stopped; ablations that ask for the same run share it. The second takes what
 the runs found into experiments/ablations.json and makes experiments/ABLATIONS.md and its figures of it.
@@ -48,6 +48,7 @@ NAMES = (
     "temperature",
     "dynamic",
     "prolonged",
+    "objective",
     "group_size",
 )
 SAMPLES = 8  # per held-out prompt at the end
