@@ -51,7 +51,7 @@ def settings(**changes: Any) -> ConfigDict:
             "validation": {
                 "every": 16,
                 "samples": 1,
-                "final_samples": 1,
+                "final_samples": 4,
                 "temperature": 1.0,
                 "top_p": 1.0,
                 "prompts_per_set": 0,
