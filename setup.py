@@ -57,6 +57,11 @@ EXTRAS = {
     # torch is left out for its size; the tests that compare with it skip where it is missing.
     "dev": [
         "beartype>=0.22.2",
+        # The notebooks are executed by a test. `notebooks` below is for people.
+        "ipykernel>=7.1",
+        "matplotlib>=3.10",
+        "nbclient>=0.10",
+        "nbformat>=5.10",
         "pyright>=1.1.414",
         "pytest>=9.0",
         "pytest-xdist>=3.8",
@@ -65,7 +70,7 @@ EXTRAS = {
         "tensorboardX>=2.6.5",
     ],
     "tensorboard": ["tensorboardX>=2.6.5"],
-    "notebooks": ["jupyter>=1.1", "matplotlib>=3.10", "nbclient>=0.10"],
+    "notebooks": ["jupyter>=1.1", "matplotlib>=3.10"],
 }
 
 setup(

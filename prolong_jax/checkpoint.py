@@ -123,10 +123,6 @@ class Checkpointer:
             if self._ended.wait(LOOK_EVERY_S) and not path.is_dir():
                 return  # it failed
         seconds, sums = time.monotonic() - begin, checksums(path)
-        kept = {f"{p.name}.json" for p in self._directory.iterdir()}
-        for old in self._sums(step).parent.glob("*.json"):
-            if old.name not in kept:
-                old.unlink()
         self._sums(step).parent.mkdir(exist_ok=True)
         write_json(self._sums(step), sums)
         size = sum(size for size, _ in sums.values()) / 1e6
@@ -146,6 +142,9 @@ class Checkpointer:
             self._ended.set()
             if self._checker is not None:
                 self._checker.join()
+                all_sums = self._sums(0).parent.glob("*.json")
+                for gone in (s for s in all_sums if not (self._directory / s.stem).exists()):
+                    gone.unlink()
 
     def resume(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole checkpoint, with the shapes and shardings of `like`; None: there is none.
@@ -194,10 +193,11 @@ class Checkpointer:
         """What is wrong with a checkpoint; "" where nothing is, or it has no checksums yet."""
         if not self._sums(step).exists():
             return ""
-        expected, found = (
-            json.loads(self._sums(step).read_text()),
-            checksums(self._directory / str(step)),
-        )
+        try:
+            expected = json.loads(self._sums(step).read_text())
+        except ValueError:
+            return "its checksums cannot be read"
+        found = checksums(self._directory / str(step))
         for name, (size, digest) in expected.items():
             if name not in found:
                 return f"{name} is missing"

@@ -187,7 +187,8 @@ def programs(run: RunConfig, mesh: Mesh, model: Model, only: Sequence[str]) -> I
             update = make_update(
                 trained, optimizer, mesh, run.loss, temperature, on_policy=one_update
             )
-            yield Program("update", update, (state, batch, 1), 3 * forward)
+            given = (state, batch, 1, run.loss.entropy_coef)
+            yield Program("update", update, given, 3 * forward)
         if "score" in only:
             score = make_score(trained, temperature, policy=not one_update)
             yield Program("score", score, (state, batch, 1), (2 - one_update) * forward)

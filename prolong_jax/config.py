@@ -101,7 +101,8 @@ class ShapingSettings:
 
     stop_properly: float = 1.0  # factor on the reward of unterminated responses; < 0 replaces it
     overlong_filter: bool = False  # leave responses without an end out of the loss
-    overlong_buffer: float = 0.0  # share of the budget in which a length is paid less, up to 1 less
+    overlong_buffer: float = 0.0  # share of the budget in which a length is paid less,
+    overlong_coef: float = 1.0  # up to this much less
     length_coef: float = 0.0  # of the cosine length reward
     length_min: float = -1.0  # at the longest
     length_max: float = 0.0  # at length 0
@@ -140,6 +141,7 @@ class SourceSettings:
     split: str = ""
     domain: str = ""  # what the rows count as; "": what the format says
     only: str = ""  # keep the rows of this domain or data_source
+    verifier: str = ""  # module with `verify` and `EXAMPLE`; "": that of the domain
     fields: Mapping[str, str] = field(default_factory=dict)  # the format's name: the data's name
     special_judge: str = ""  # JSON lines {"idx", "special_judge"}, by id or else row number
     pass_rates: str = ""  # JSON lines {"id", "pass_rate"}; rows without a record are kept
@@ -263,6 +265,8 @@ class RunConfig:
 MAY_CHANGE = ("total_steps", "mesh", "metrics", "checkpoint", "verifiers")
 MAY_CHANGE += ("rollout.compile_ahead",)
 NEVER_CHANGE = ("seed", "model.path", "model.random")
+# Evaluations that differ in these validation settings alone are compared with one another.
+COMPARABLE = ("every", "samples", "final_samples")
 _OVERRIDABLE = ("rollout", "loss", "advantage", "shaping", "optimizer", "update", "validation")
 # What the settings may be, as the tables of objectives.py and advantages.py have it.
 POLICY_LOSSES = (
@@ -340,13 +344,22 @@ def for_stage(run: RunConfig, index: int) -> RunConfig:
                 f"{', '.join(_OVERRIDABLE)}, such as 'loss.kl_coef'."
             )
         values[section][name] = value
-    constant, longest = values["loss"]["token_constant"], rollout["max_response_len"]
-    values["loss"]["token_constant"] = constant or float(longest)
+    if values["loss"]["aggregation"] == "token_sum_over_constant":
+        longest = float(rollout["max_response_len"])
+        values["loss"]["token_constant"] = values["loss"]["token_constant"] or longest
     return build(RunConfig, values)
+
+
+def alike(one: ValidationSettings, other: ValidationSettings) -> bool:
+    """Whether evaluations ask the same prompts and sample in the same way."""
+    return one == dataclasses.replace(other, **{name: getattr(one, name) for name in COMPARABLE})
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads an experiment file and applies `key=value` overrides such as `loss.clip_high=0.3`.
+
+    A preset that the file names fills in what the file does not state. One of the overrides replaces
+    what the file states; the other overrides, and those of stages, replace what it does.
 
     Raises:
       ValueError: no such file, no get_config() in it, a bad override, or settings that do not fit.
@@ -360,21 +373,28 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not hasattr(module, "get_config"):
         raise ValueError(f"--config: {str(path)!r} defines no get_config(); add one.")
     values = ConfigDict(module.get_config()).to_dict()
-    for override in overrides:
+    named = [override for override in overrides if override.partition("=")[0] == "preset"]
+    for override in named:
         _set(values, override)
     preset = values.get("preset", "")
-    _require_one_of("preset", preset, ("", *PRESETS))
-    run = build(RunConfig, _filled(values, PRESETS[preset]) if preset else values)
+    if preset:
+        _require_one_of("preset", preset, tuple(PRESETS))
+        recipe = PRESETS[preset]  # on the command line it goes before the file, in the file behind
+        values = _merged(values, recipe) if named else _merged(recipe, values)
+    for override in overrides:
+        _set(values, override)
+    run = build(RunConfig, values)
     check(run)
     return run
 
 
-def _filled(values: dict, preset: Mapping[str, Any]) -> dict:
-    """The values, and those of a preset that they lack."""
-    filled = dict(preset) | values
-    for section in preset.keys() & values.keys():
-        filled[section] = dict(preset[section]) | values[section]
-    return filled
+def _merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of both; those of `high` go first, also within a section."""
+    merged = {**low, **high}
+    for key in low.keys() & high.keys():
+        if isinstance(low[key], Mapping) and isinstance(high[key], Mapping):
+            merged[key] = {**low[key], **high[key]}
+    return merged
 
 
 def parse(argv: Sequence[str], *, workdir: bool = False) -> tuple[RunConfig, Path, bool]:
@@ -562,7 +582,6 @@ def _check_positive(run: RunConfig) -> None:
         "rollout.sample_rows": rollout.sample_rows,
         "rollout.temperature": rollout.temperature,
         "loss.is_high": loss.is_high,
-        "loss.token_constant": loss.token_constant,
         "advantage.correct_boost": run.advantage.correct_boost,
         "update.max_skipped": update.max_skipped,
         "validation.prompts_per_level": run.validation.prompts_per_level,
@@ -626,7 +645,7 @@ def _check_sizes(run: RunConfig) -> None:
 
 
 def _check_objective(run: RunConfig) -> None:
-    loss, shaping = run.loss, run.shaping
+    loss = run.loss
     for name, value, known in (
         ("loss.policy_loss", loss.policy_loss, POLICY_LOSSES),
         ("loss.kl_estimator", loss.kl_estimator, KL_ESTIMATORS),
@@ -654,30 +673,53 @@ def _check_objective(run: RunConfig) -> None:
         f"{loss.is_high}.",
     )
     _require(
-        shaping.stop_properly <= 1,
+        loss.entropy_target == 0 or loss.entropy_step > 0,
+        "'loss.entropy_step' must be above 0 where there is a loss.entropy_target, got "
+        f"{loss.entropy_step}.",
+    )
+    _check_shaping(run.shaping)
+    _require_not_negative("loss", loss, "kl_coef", "token_constant", "entropy_coef")
+    _require_not_negative("loss", loss, "entropy_target", "entropy_step")
+
+
+def _require_not_negative(section: str, settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        _require(0 <= value < math.inf, f"'{section}.{name}' must be 0 or more, got {value}.")
+
+
+def _check_shaping(shaping: ShapingSettings) -> None:
+    _require_not_negative("shaping", shaping, "overlong_coef", "length_coef", "length_on")
+    _require_not_negative("shaping", shaping, "length_off", "ngram_size", "ngram_coef")
+    _require(
+        -math.inf < shaping.stop_properly <= 1,
         f"'shaping.stop_properly' must be at most 1, got {shaping.stop_properly}.",
+    )
+    _require(
+        shaping.ngram_coef == 0 or shaping.ngram_size > 0,
+        "'shaping.ngram_coef' needs shaping.ngram_size, the tokens of an n-gram.",
+    )
+    _require(
+        shaping.length_off == 0 or shaping.length_on > 0,
+        "'shaping.length_off' needs shaping.length_on, the steps before those.",
     )
     _require(
         0 <= shaping.overlong_buffer <= 1,
         f"'shaping.overlong_buffer' must be in [0, 1], got {shaping.overlong_buffer}.",
     )
     _require(
-        shaping.length_min <= shaping.length_max,
+        -math.inf < shaping.length_min <= shaping.length_max < math.inf,
         f"'shaping.length_min' must be at most shaping.length_max, got {shaping.length_min} and "
         f"{shaping.length_max}.",
     )
-    for name, value in {
-        "loss.kl_coef": loss.kl_coef,
-        "loss.entropy_coef": loss.entropy_coef,
-        "loss.entropy_target": loss.entropy_target,
-        "loss.entropy_step": loss.entropy_step,
-        "shaping.length_coef": shaping.length_coef,
-        "shaping.length_on": shaping.length_on,
-        "shaping.length_off": shaping.length_off,
-        "shaping.ngram_size": shaping.ngram_size,
-        "shaping.ngram_coef": shaping.ngram_coef,
-    }.items():
-        _require(0 <= value < math.inf, f"{name!r} must be 0 or more, got {value}.")
+
+
+def verifiers(run: RunConfig) -> list[str]:
+    """The verifiers that score a run: those of the domains, and those that its sources name."""
+    stages = [for_stage(run, i) for i in range(len(run.stages))]
+    tables = [run.data.sources, *(stage.validation.sources for stage in [run, *stages])]
+    own = {source.verifier for table in tables for source in table.values()}
+    return [*DOMAINS, *sorted(own - {"", *DOMAINS})]
 
 
 def packing(run: RunConfig) -> dict[str, int]:

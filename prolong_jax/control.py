@@ -39,21 +39,23 @@ class Control:
 
     def take(self, step: int) -> frozenset[str]:
         """The requests after `step` steps, agreed on by all processes; each has to ask."""
-        signalled, self._signalled = self._signalled, False
+        signalled = self._signalled
+        if signalled:  # one that comes meanwhile is not lost
+            self._signalled = False
         signalled = any(exchange(signalled))
         return exchange(self._found(step, signalled) if is_first() else None)[0] or frozenset()
 
     def _found(self, step: int, signalled: bool) -> frozenset[str]:
-        kept, asked = self._kept / f"{step}.json", set()
-        asked |= _read(kept) if kept.exists() else set()
-        asked |= {"reset"} if signalled else set()
+        kept, taken = self._kept / f"{step}.json", self._asked.with_suffix(".taken")
+        files, asked = [kept] if kept.exists() else [], {"reset"} if signalled else set()
         if self._asked.exists():
-            taken = self._asked.with_suffix(".taken")
             os.replace(self._asked, taken)
+            files.append(taken)
+        for path in files:
             try:
-                asked |= _read(taken)
+                asked |= _read(path)
             except ValueError as error:
-                print(f"control.json: {error}; it is left as {taken.name}")
+                print(f"control.json: {error}; it is left as {path.name}")
         if known := sorted(asked.intersection(KEPT)):
             self._kept.mkdir(exist_ok=True)
             write_json(kept, dict.fromkeys(known, True))

@@ -46,7 +46,7 @@ from prolong_jax.outcomes import (
 from prolong_jax.policy import is_workdir, restore_policy
 from prolong_jax.processes import Timer, exchange, is_first, start, write_json
 from prolong_jax.rollout import Collector, Plan, sample_groups
-from prolong_jax.startup import prompt_len, refuse_unfit_model
+from prolong_jax.startup import lock, prompt_len, refuse_unfit_model
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.types import PyTree
 from prolong_jax.verifiers.pool import open_pool
@@ -176,13 +176,16 @@ def validation_metrics(table: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 class Kept:
-    """The responses in a directory; the first process reads and writes. "": nothing is kept."""
+    """The responses in a directory; the first process reads and writes. "": nothing is kept.
+
+    While it is there, no other evaluation can use the directory.
+    """
 
     def __init__(self, out: str, protocol: dict[str, Any]):
         """Takes what an earlier start left.
 
         Raises:
-          ValueError, in all processes: a directory of another evaluation, or a damaged one.
+          ValueError, in all processes: a directory of another evaluation, in use, or damaged.
         """
         self.path = Path(out) / "responses.jsonl" if out else None
         fault, done = "", []
@@ -199,8 +202,14 @@ class Kept:
         path, saved = out / "responses.jsonl", out / "protocol.json"
         out.mkdir(parents=True, exist_ok=True)
         if not saved.is_file():
-            if any(path.name != "protocol.json.tmp" for path in out.iterdir()):
+            if any(path.name not in ("protocol.json.tmp", "lock") for path in out.iterdir()):
                 raise ValueError(f"--out: {str(out)!r} holds something else; give a new directory.")
+        self._lock = open(out / "lock", "a+")
+        if holder := lock(self._lock):
+            raise ValueError(
+                f"--out: {str(out)!r} is in use by {holder}; wait for it, or give another directory."
+            )
+        if not saved.is_file():
             write_json(saved, protocol)
         try:
             there = json.loads(saved.read_text())

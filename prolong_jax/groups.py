@@ -1,6 +1,6 @@
 """Groups of responses: what the verdicts make of them, for the update and for the records."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +81,8 @@ def shaped_reward(group: Group, run: RunConfig, step: int) -> np.ndarray:
     reward = shaping.stop_properly(
         np.array(group.scores), np.array(group.stopped), coef=settings.stop_properly
     )
-    reward = reward + shaping.soft_overlong(length, limit=limit, buffer=settings.overlong_buffer)
+    overlong = shaping.soft_overlong(length, limit=limit, buffer=settings.overlong_buffer)
+    reward = reward + settings.overlong_coef * overlong
     if settings.length_coef and shaping.is_on(step, on=settings.length_on, off=settings.length_off):
         ends = {"low": settings.length_min, "high": settings.length_max}
         reward = reward + settings.length_coef * shaping.cosine_length(length, limit=limit, **ends)
@@ -92,42 +93,56 @@ def shaped_reward(group: Group, run: RunConfig, step: int) -> np.ndarray:
 
 
 def advantages(groups: Sequence[Group], run: RunConfig, step: int) -> np.ndarray:
-    """f64 [P, G]: of all groups that a step trains on, which some estimators look at together."""
-    reward = np.array([shaped_reward(group, run, step) for group in groups])
-    scored = np.array([group.scored for group in groups])
+    """f64 [P, G]: of all groups that a step trains on, which some estimators look at together.
+
+    A group that was sampled with another size, before a change of settings, fills its row in part.
+    """
+    most = max((len(group.scores) for group in groups), default=1)
+
+    def table(rows: Iterable[Sequence[float] | np.ndarray]) -> np.ndarray:
+        filled = [np.pad(np.asarray(row, float), (0, most - len(row))) for row in rows]
+        return np.array(filled).reshape(-1, most)
+
+    reward = table(shaped_reward(group, run, step) for group in groups)
+    scored = table(group.scored for group in groups) > 0
     advantage = ESTIMATORS[run.advantage.estimator](reward, scored)
-    raw = np.array([group.scores for group in groups])
+    raw = table(group.scores for group in groups)
     return boost_correct(advantage, raw, factor=run.advantage.correct_boost)
 
 
-def conversations(groups: Sequence[Group], run: RunConfig, step: int) -> list[list[Conversation]]:
-    """The groups as the update wants them. Responses that were not scored are left out, and with
-    `shaping.overlong_filter` those without an end."""
-    found = []
-    for group, advantage in zip(groups, advantages(groups, run, step), strict=True):
-        prompt = np.array(group.prompt_tokens, np.int32)
-        counts = group.scored & (np.array(group.stopped) | (not run.shaping.overlong_filter))
-        found.append(
-            [
-                Conversation(
-                    prompt,
-                    np.array(group.tokens[i], np.int32),
-                    np.array(group.logp[i], np.float32),
-                    float(advantage[i]),
-                )
-                for i in np.flatnonzero(counts)
-            ]
-        )
-    return found
+def is_trained(group: Group, run: RunConfig) -> np.ndarray:
+    """bool [G]: false where a response was not scored, or `shaping.overlong_filter` leaves it out."""
+    return group.scored & (np.array(group.stopped) | (not run.shaping.overlong_filter))
 
 
-def statistics(kept: Sequence[Group], sampled: Sequence[Group], surplus: int) -> dict[str, float]:
+def conversations(
+    groups: Sequence[Group], advantage_PG: np.ndarray, run: RunConfig
+) -> list[list[Conversation]]:
+    """The responses of each group that are trained on, as the update wants them."""
+    return [
+        [
+            Conversation(
+                np.array(group.prompt_tokens, np.int32),
+                np.array(group.tokens[i], np.int32),
+                np.array(group.logp[i], np.float32),
+                float(advantage_G[i]),
+            )
+            for i in np.flatnonzero(is_trained(group, run))
+        ]
+        for group, advantage_G in zip(groups, advantage_PG, strict=True)
+    ]
+
+
+def statistics(
+    kept: Sequence[Group], sampled: Sequence[Group], surplus: int, run: RunConfig
+) -> dict[str, float]:
     """Metrics of a collection. Rewards are raw and over all that was sampled, dead groups too."""
     rewards: dict[str, list[float]] = {}
     lengths = [len(tokens) for g in sampled for tokens in g.tokens]
     statuses = [status for g in sampled for status in g.statuses]
     for g in sampled:
         rewards.setdefault(g.prompt.domain, []).extend(np.array(g.scores)[g.scored])
+    trained = [len(g.tokens[i]) for g in kept for i in np.flatnonzero(is_trained(g, run))]
     dead = [np.array(g.scores)[g.scored] for g in sampled if g.is_dead]
     row = {f"reward/{domain}": float(np.mean(r)) for domain, r in rewards.items() if r}
     if sampled:
@@ -149,19 +164,18 @@ def statistics(kept: Sequence[Group], sampled: Sequence[Group], surplus: int) ->
         "verify/timeouts": statuses.count(Status.TIMEOUT),
         "verify/errors": statuses.count(Status.ERROR),
         "tokens/generated": sum(lengths),
-        "tokens/trained": sum(len(tokens) for g in kept for tokens in [g.prompt_tokens, *g.tokens]),
+        "tokens/trained": sum(trained) + sum(len(g.prompt_tokens) for g in kept),
     }
 
 
 def sample_rows(
-    groups: Sequence[Group], kept: Sequence[Group], run: RunConfig, step: int
+    groups: Sequence[Group], kept: Sequence[Group], advantage_PG: np.ndarray, step: int
 ) -> list[dict[str, Any]]:
     """The first response of each group as a row of samples.jsonl.
 
     Its advantage is 0 where the step was not trained on its group.
     """
-    found = advantages(kept, run, step) if kept else ()
-    advantage = {id(group): float(a[0]) for group, a in zip(kept, found, strict=True)}
+    advantage = {id(g): float(a_G[0]) for g, a_G in zip(kept, advantage_PG, strict=True)}
     return [
         {
             "step": step,

@@ -94,6 +94,7 @@ class Host:
                 f"saving failed at step {step} ({error}); the newest whole checkpoint is of step "
                 f"{checkpointer.latest_step}; make room and start the same command again."
             ) from error
+        processes.give_back_memory()  # what steps of other sizes have left
 
     def count_skipped(self, updates: Sequence[Mapping[str, Any]]) -> None:
         for metrics in updates:
@@ -109,9 +110,11 @@ class Host:
 
     def adapt_entropy(self, loss: LossSettings, entropy: float | None) -> None:
         """Takes note of a step's entropy; None where nothing was trained on."""
-        if loss.entropy_target == 0 or entropy is None:
+        if entropy is None:
             return
         self.entropy = entropy
+        if loss.entropy_target == 0:
+            return
         self.entropy_shift = adapted_entropy_shift(
             self.entropy_shift,
             entropy,

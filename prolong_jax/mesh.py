@@ -139,7 +139,9 @@ def local_arrays(mesh: Mesh, values: PyTree) -> PyTree:
         parts = {shard.device: shard.data for shard in x.addressable_shards}
         ordered = [parts[device] for device in local.devices.flat]
         found: Any = x.sharding
-        sharding = NamedSharding(local, found.spec)
+        # The fsdp axis may have one device there and several here.
+        spec = P(*("tensor" if axis == "tensor" else None for axis in found.spec))
+        sharding = NamedSharding(local, spec)
         return jax.make_array_from_single_device_arrays(x.shape, sharding, ordered)
 
     return jax.tree.map(one, values)

@@ -11,6 +11,7 @@ logarithm clamped to +-RATIO_LIMIT, A its advantage, y_i a response; losses are 
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ BoolBT = Bool[Array, "B T"]
 Objective = Callable[..., tuple[Mean, dict[str, Mean]]]
 
 # Nats, dense at 0: where the distribution of log-ratios is read, for its quantiles.
-EDGES = RATIO_LIMIT * np.sinh(np.linspace(-9.0, 9.0, 73)) / np.sinh(9.0)
+EDGES = RATIO_LIMIT * np.sinh(np.linspace(-9.0, 9.0, 145)) / np.sinh(9.0)
 
 
 # --- policy losses -------------------------------------------------------------------------------
@@ -255,6 +256,9 @@ def token_sum_over_constant(
 
 # --- by name -------------------------------------------------------------------------------------
 
+SETTINGS = ("policy_loss", "clip_low", "clip_high", "dual_clip", "kl_coef", "kl_estimator", "kl_in")
+SETTINGS += ("correction", "is_low", "is_high", "aggregation", "token_constant")
+SETTINGS += ("entropy_coef", "entropy_target", "entropy_step")
 POLICY_LOSSES: dict[str, Callable[..., FloatBT]] = {
     "ppo_clip": losses.ppo_clip,
     "dual_clip": dual_clip,
@@ -273,7 +277,6 @@ CORRECTIONS: dict[str, Callable[..., FloatBT]] = {
     "icepop": icepop,
     "seq_mask_tis": seq_mask_tis,
 }
-SIGNS = {"clip_low": -1, "clip_high": 1}
 AGGREGATIONS: dict[str, Callable[..., Mean]] = {
     "token_mean": token_mean,
     "seq_mean_token_mean": sequences.sequence_mean,
@@ -286,16 +289,21 @@ def make_objective(**settings: Any) -> Objective:
     """The objective that settings name, as a function of arrays alone.
 
     Args:
-        settings: all fields of `config.LossSettings`, or `presets.PRESETS[NAME]["loss"]`.
+        settings: all fields of `config.LossSettings`, or `presets.PRESETS[NAME]["loss"]` (for
+            dr_grpo with a token_constant: the longest response allowed).
 
     Returns:
         objective(logp_BT, entropy_BT, batch, entropy_coef) -> (loss, statistics), see
         `losses.objective` and `statistics`. The coefficient is the settings' own if left out.
 
     Raises:
-        ValueError: a name that is not known, k1 as a loss, or a sum over no constant.
+        ValueError: a setting that is missing or not known, k1 as a loss, a sum over no constant.
     """
+    if wrong := sorted(set(SETTINGS).symmetric_difference(settings)):
+        raise ValueError(f"objective: expected the settings {', '.join(SETTINGS)}; see {wrong}.")
     estimator, kl_in = settings["kl_estimator"], settings["kl_in"]
+    if kl_in not in ("loss", "reward"):
+        raise ValueError(f"kl_in: expected loss or reward, got {kl_in!r}.")
     if estimator == "k1" and kl_in == "loss":
         raise ValueError(
             "kl_estimator: k1 has no expected gradient as a loss; use k2 or k3, or kl_in='reward'."
@@ -305,15 +313,9 @@ def make_objective(**settings: Any) -> Objective:
             "token_constant: must be above 0 with token_sum_over_constant, got "
             f"{settings['token_constant']}; the longest response allowed is usual."
         )
-    name = settings["policy_loss"]
-    bounds = {"clip_low": settings["clip_low"], "clip_high": settings["clip_high"]}
-    if name in ("sapo", "reinforce"):
-        bounds = dict.fromkeys(bounds, jnp.inf)
-    if name == "gmpo":  # from nats
-        bounds = {k: abs(float(np.expm1(sign * bounds[k]))) for k, sign in SIGNS.items()}
     parts = Parts(
         policy_loss=_asking(_known("policy_loss", POLICY_LOSSES, settings), settings),
-        ratio=_asking(RATIOS.get(name, importance_ratio), settings),
+        ratio=_asking(RATIOS.get(settings["policy_loss"], importance_ratio), settings),
         correction=_asking(_known("correction", CORRECTIONS, settings), settings),
         aggregate=_asking(_known("aggregation", AGGREGATIONS, settings), settings),
         kl=_known("kl_estimator", KL_ESTIMATORS, settings),
@@ -321,32 +323,56 @@ def make_objective(**settings: Any) -> Objective:
         kl_in_reward=kl_in == "reward",
     )
 
+    clipped, corrected = partial(_clipped, settings), settings["correction"] != "none"
+
     def objective(logp_BT, entropy_BT, batch, entropy_coef=settings["entropy_coef"]):
         loss, terms = losses.objective(parts, logp_BT, entropy_BT, batch, entropy_coef)
-        return loss, statistics(terms, batch.mask, **bounds)
+        return loss, statistics(terms, batch.mask, clipped, corrected=corrected)
 
     return objective
 
 
+def _clipped(settings: dict[str, Any], ratio_BT: FloatBT, advantage_BT: FloatBT):
+    """Tokens whose gradient the lower and the upper bound took away; with cispo: capped its weight."""
+    name, low, high = (settings[k] for k in ("policy_loss", "clip_low", "clip_high"))
+    if name in ("sapo", "reinforce"):  # no bounds
+        return jnp.zeros_like(ratio_BT, bool), jnp.zeros_like(ratio_BT, bool)
+    if name == "gmpo":  # nats
+        low, high = -np.expm1(-low), np.expm1(high)
+    low_BT, high_BT = ratio_BT < 1.0 - low, ratio_BT > 1.0 + high
+    if name == "cispo":
+        return low_BT, high_BT
+    low_BT, high_BT = low_BT & (advantage_BT < 0), high_BT & (advantage_BT > 0)
+    if name == "dual_clip":
+        high_BT |= (ratio_BT > settings["dual_clip"]) & (advantage_BT < 0)
+    return low_BT, high_BT
+
+
 def statistics(
-    terms: dict[str, FloatBT], mask_BT: BoolBT, *, clip_low: float, clip_high: float
+    terms: dict[str, FloatBT],
+    mask_BT: BoolBT,
+    clipped: Callable[[FloatBT, FloatBT], tuple[Bool[Array, "B T"], Bool[Array, "B T"]]],
+    *,
+    corrected: bool,
 ) -> dict[str, Mean]:
     """What is told of a step, as means over tokens: the terms of `losses.objective`, and theirs.
 
-    A token counts as clipped where the bound took its gradient away (with cispo: capped its weight).
+    Args:
+        terms, mask_BT: of the objective and the batch.
+        clipped: of ratio_BT and advantage_BT, which tokens the lower and the upper bound clipped.
+        corrected: whether importance weights have bounds.
     """
     logp_BT, old_logp_BT, sampler_logp_BT, ratio_BT, advantage_BT = (
         terms[name] for name in ("logp", "old_logp", "sampler_logp", "ratio", "advantage")
     )
-    low_BT = (advantage_BT < 0) & (ratio_BT < 1.0 - clip_low)
-    high_BT = (advantage_BT > 0) & (ratio_BT > 1.0 + clip_high)
-    clipped_BT = terms["is_weight"] != importance_ratio(old_logp_BT, sampler_logp_BT)
+    low_BT, high_BT = clipped(ratio_BT, advantage_BT)
+    is_clipped_BT = terms["is_weight"] != importance_ratio(old_logp_BT, sampler_logp_BT)
     told = {k: terms[k] for k in ("policy_loss", "kl_loss", "entropy", "is_weight")} | {
         "kl_ref": losses.kl_k3(logp_BT, terms["ref_logp"]),
         "kl_ref_k1": losses.kl_k1(logp_BT, terms["ref_logp"]),
         "kl_old": losses.kl_k3(old_logp_BT, logp_BT),  # KL(pi_old || pi): the tokens are pi_old's
         "is_weight_square": jnp.square(terms["is_weight"]),
-        "is_clipped": clipped_BT.astype(jnp.float32),
+        "is_clipped": (is_clipped_BT & corrected).astype(jnp.float32),
         "advantage": advantage_BT,
         "advantage_square": jnp.square(advantage_BT),
         "ratio": ratio_BT,
@@ -407,7 +433,7 @@ def adapted_entropy_shift(
     """What is added to the coefficient of the entropy, after a step whose entropy was this.
 
     One `step` more where the entropy is below the target, else one less; never so that
-    coef + shift is negative. Skywork-OR1 (arXiv 2505.22312), which sets the coefficient to 0 as
+    coef + shift is negative. It outlives stages and resets. Skywork-OR1 (arXiv 2505.22312), which sets the coefficient to 0 as
     long as the entropy is above the target: `adapted_entropy_coef`.
     """
     return max(-coef, shift + (step if entropy < target else -step))
@@ -415,7 +441,7 @@ def adapted_entropy_shift(
 
 def adapted_entropy_coef(shift: float, entropy: float, *, coef: float, target: float) -> float:
     """The coefficient of the next step: coef + shift where the entropy is at most the target."""
-    return coef + shift if entropy <= target else 0.0
+    return max(0.0, coef + shift) if entropy <= target else 0.0
 
 
 def _known(setting: str, functions: dict[str, Callable], settings: dict[str, Any]) -> Callable:

@@ -4,6 +4,7 @@ Every process runs the same program in the same order. What happens on one alone
 samples of its share of the prompts, an error among them) is exchanged before it decides anything.
 """
 
+import ctypes
 import faulthandler
 import functools
 import json
@@ -230,6 +231,13 @@ def usage(timer: Timer) -> dict[str, float]:
         "time/cpu_s": time.process_time() - timer.cpu_begin,
         "memory/rss_mb": pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
     }
+
+
+def give_back_memory() -> None:
+    """Hands free pages back that malloc keeps, so that a long run's memory is what is in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def keep_compilations(directory: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prolong_jax.charts import Frame, Line, chart, text, timeline
-from prolong_jax.config import ASSETS, DOMAINS
+from prolong_jax.config import ASSETS, COMPARABLE, DOMAINS
 from prolong_jax.metrics import VALIDATION_SETS, read_rows
 
 MAX_SAMPLES, SAMPLE_BYTES = 1200, 2_500_000  # of a page
@@ -54,7 +54,8 @@ SHARES = ("reward/", "validation/", "response/terminated")  # drawn on an axis f
 SETTINGS = (
     *("model.path", "total_steps", "seed", "rollout.prompts_per_step", "rollout.group_size"),
     *("rollout.max_response_len", "rollout.temperature", "loss.clip_low", "loss.clip_high"),
-    *("loss.kl_coef", "loss.kl_estimator", "optimizer.learning_rate", "update.num_minibatches"),
+    *("loss.policy_loss", "loss.kl_coef", "loss.kl_estimator", "advantage.estimator"),
+    *("optimizer.learning_rate", "update.num_minibatches"),
 )
 
 
@@ -104,21 +105,57 @@ class Run:
         return bool(self.rows) and self.summary.get("steps") == self.last
 
     @property
-    def evaluations(self) -> list[tuple[int, dict[str, Any]]]:
-        """Step and scores, in the form of summary.json, of every evaluation."""
-        found = {}
+    def blends(self) -> list["Blend"]:
+        """All evaluations, those that ask alike together; those of the base and its like first."""
+        found: dict[str, Blend] = {"{}": Blend({})}
         for row in self.rows:
-            for name in VALIDATION_SETS:
-                parts = [
-                    row.get(f"validation/{name}/{p}") for p in ("avg", "lo", "hi", "pass", "k")
-                ]
-                if None not in parts:
-                    avg, low, high, solved, k = parts
-                    scores = {"avg_at_k": avg, "ci95": [low, high], "pass_at_k": solved, "k": k}
-                    found.setdefault(row["step"], {})[name] = scores
+            table = _scores(row)
+            if table:
+                changes = self._changes(row.get("stage_index"))
+                blend = found.setdefault(json.dumps(changes, sort_keys=True), Blend(changes))
+                blend.evaluations.append((row["step"], table))
+                blend.stages.setdefault(str(row.get("stage", "")))
         if self.is_finished:
-            found[self.last] = self.summary["validation"]["final"]
-        return sorted(found.items())
+            own = [(s, table) for s, table in found["{}"].evaluations if s != self.last]
+            final = self.last, self.summary["validation"]["final"]
+            found["{}"].evaluations[:] = [*own, final]
+        return [blend for blend in found.values() if blend.evaluations]
+
+    def _changes(self, stage: int | None) -> dict[str, Any]:
+        """What a stage changes in how the policy is evaluated, beside how much and how often."""
+        stages, own = self.config.get("stages", []), self.config.get("validation", {})
+        overrides = stages[stage].get("overrides", {}) if stage in range(len(stages)) else {}
+        settings = {k: v for k, v in overrides.items() if k.startswith("validation.")}
+        named = {key.partition(".")[2]: value for key, value in settings.items()}
+        return {k: v for k, v in named.items() if k not in COMPARABLE and own.get(k) != v}
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Evaluations with the same prompts, sampled in the same way."""
+
+    changes: dict[str, Any]  # against the settings of the evaluation of the base
+    evaluations: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # step and scores
+    stages: dict[str, None] = field(default_factory=dict)  # names, in order
+
+    @property
+    def name(self) -> str:
+        return f" ({', '.join(self.stages)})" if self.changes else ""
+
+
+def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row of metrics says of an evaluation, in the form of summary.json; {}: there was none.
+
+    The sets of the embedded tasks first, then data sets by name.
+    """
+    names = {key[11:-4] for key in row if key.startswith("validation/") and key.endswith("/avg")}
+    found = {}
+    for name in (*VALIDATION_SETS, *sorted(names.difference(VALIDATION_SETS))):
+        parts = [row.get(f"validation/{name}/{part}") for part in ("avg", "lo", "hi", "pass", "k")]
+        if None not in parts:
+            avg, low, high, solved, k = parts
+            found[name] = {"avg_at_k": avg, "ci95": [low, high], "pass_at_k": solved, "k": k}
+    return found
 
 
 def read_workdir(workdir: Path, name: str = "", style: str = "c0") -> Run:
@@ -192,22 +229,27 @@ def metric_charts(runs: Sequence[Run], curves: Mapping[str, Sequence[str]]) -> s
 
 
 def validation_chart(runs: Sequence[Run], name: str) -> str:
-    """avg@k with its interval of one set of held-out prompts; of a single run, pass@k too."""
+    """avg@k with its interval of one set of held-out prompts; of a single run, pass@k too.
+
+    Evaluations that do not ask alike have lines of their own.
+    """
     lines = []
-    for run in runs:
-        scores = [(step, table[name]) for step, table in run.evaluations if name in table]
+    for run, number, blend in ((r, i, b) for r in runs for i, b in enumerate(r.blends)):
+        scores = [(step, table[name]) for step, table in blend.evaluations if name in table]
         average = [(step, s["avg_at_k"]) for step, s in scores]
         ranges = [(step, *s["ci95"]) for step, s in scores]
         notes = [
             f"step {step}: {_interval(s)}, pass@{s['k']} {s['pass_at_k']:.3f}" for step, s in scores
         ]
         if len(runs) > 1:
-            lines.append(Line(run.name, run.style, average, ranges, notes))
+            lines.append(Line(run.name + blend.name, run.style, average, ranges, notes))
             continue
         ks = [s["k"] for _, s in scores]
         k = max(ks, key=ks.count, default=0)  # pass@k compares only at one k, avg@k at any
         solved = [(step, s["pass_at_k"]) for step, s in scores if s["k"] == k]
-        lines += [Line(f"pass@{k}", "c1 dashed", solved), Line("avg", "c0", average, ranges, notes)]
+        styles = f"c{2 * number % 5}", f"c{(2 * number + 1) % 5} dashed"
+        lines.append(Line(f"pass@{k}{blend.name}", styles[1], solved))
+        lines.append(Line(f"avg{blend.name}", styles[0], average, ranges, notes))
     return chart(NAMES.get(name, name), lines, frame(runs), True)
 
 
@@ -255,23 +297,34 @@ def overview(runs: Sequence[Run]) -> str:
 
 
 def validation_table(runs: Sequence[Run]) -> str:
-    """Base -> final, or latest, per validation set: avg@k with its 95% interval, and pass@k."""
+    """Base -> final, or latest, per validation set: avg@k with its 95% interval, and pass@k.
+
+    Of evaluations that do not ask as that of the base does, the first takes the place of the base.
+    """
+    notes = ""
 
     def rows(run: Run) -> Iterable[Sequence[str]]:
-        if not run.evaluations:
-            return
-        (_, base), (step, final) = run.evaluations[0], run.evaluations[-1]
-        for name in (name for name in VALIDATION_SETS if name in base and name in final):
-            b, f = base[name], final[name]
-            gain = f"{f['avg_at_k'] - b['avg_at_k']:+.3f}"
-            solved = [f"{s['pass_at_k']:.3f} (k={s['k']})" for s in (b, f)]
-            averages = [_interval(s).replace(", ", ",\u00a0") for s in (b, f)]
-            yield (NAMES.get(name, name), *averages, gain, *solved, str(step))
+        for blend in run.blends:
+            (first, base), (step, final) = blend.evaluations[0], blend.evaluations[-1]
+            where = f"{blend.name}, from step {first}" if blend.name else ""
+            for name in (name for name in base if name in final):
+                b, f = base[name], final[name]
+                gain = f"{f['avg_at_k'] - b['avg_at_k']:+.3f}"
+                solved = [f"{s['pass_at_k']:.3f} (k={s['k']})" for s in (b, f)]
+                averages = [_interval(s).replace(", ", ",\u00a0") for s in (b, f)]
+                yield (NAMES.get(name, name) + where, *averages, gain, *solved, str(step))
 
+    for run in runs:
+        for blend in (blend for blend in run.blends if blend.changes):
+            changes = ", ".join(f"validation.{key} {v}" for key, v in blend.changes.items())
+            notes += (
+                f"<p>{text(run.name + blend.name)}: evaluated otherwise than the base "
+                f"({text(changes)}); its scores are comparable with one another alone.</p>"
+            )
     now = "final" if all(run.is_finished for run in runs) else "latest"
     first, last = ((f"{name} avg@k", f"{name} pass@k") for name in ("base", now))
     headings = ("", first[0], last[0], "gain", first[1], last[1], f"{now} step")
-    return _table(runs, headings, rows)
+    return _table(runs, headings, rows) + notes
 
 
 def resets_table(runs: Sequence[Run]) -> str:

@@ -58,7 +58,8 @@ def response_mean(x_BT: FloatBT, mask_BT: BoolBT, segments_BT: IntBT) -> FloatBT
 def sum_to_end(x_BT: FloatBT, mask_BT: BoolBT, segments_BT: IntBT) -> FloatBT:
     """At each slot of a response the sum of x from there to the response's end.
 
-    The slots of a response stand next to each other.
+    The slots of a response stand next to each other. By differences of sums over the whole row, so
+    the rounding of a response grows with what stands before it.
     """
     x_BT = zero_masked(x_BT, mask_BT)
     before_BT = jnp.cumsum(x_BT, axis=1) - x_BT

@@ -81,5 +81,7 @@ def repetition(tokens: Sequence[int], size: int) -> float:
 
     Ours, after the penalty per repeated n-gram of Yeo et al. 2025 (arXiv 2502.03373).
     """
-    ngrams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
-    return 1.0 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+    if len(tokens) < size:
+        return 0.0
+    ngrams = np.lib.stride_tricks.sliding_window_view(np.asarray(tokens), size)
+    return 1.0 - len(np.unique(ngrams, axis=0)) / len(ngrams)

@@ -9,7 +9,7 @@ that is resumed, or replayed over its metrics, decides the same:
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from prolong_jax.config import ResetSettings, RunConfig, for_stage
+from prolong_jax.config import ResetSettings, RunConfig, alike, for_stage
 from prolong_jax.reset_rules import AFTER_EVALUATION, RULES, Evaluation, History, Values, extended
 
 REQUESTS = ("reset", "advance", "evaluate", "save", "stop")  # what a person may ask for
@@ -86,8 +86,8 @@ def decide(
 ) -> Decision:
     """What to do before the next step: at most one reset.
 
-    What a person asks for goes first, then the stage's rules, then the start of the next stage. In
-    the cool-down no rule resets; a person and a stage's start still do.
+    What a person asks for goes first, then the stage's rules, none of them in the cool-down, then
+    the start of the next stage, which says what is reset even where another reason led to it.
 
     Args:
       run: settings of all stages.
@@ -102,8 +102,8 @@ def decide(
         reason, values = "hand", {}
     if is_over and is_last and "advance" not in request:
         return Decision(finish=True)
-    if is_over and not is_last and not reason and run.stages[progress.stage + 1].reset_at_start:
-        rule, reason = run.stages[progress.stage + 1].reset, "stage"
+    if is_over and not is_last and run.stages[progress.stage + 1].reset_at_start:
+        rule, reason = run.stages[progress.stage + 1].reset, reason or "stage"
     if not reason:
         return Decision(advance=is_over and not is_last)
     return Decision(reason, values, rule.reference, rule.optimizer, advance=is_over and not is_last)
@@ -122,7 +122,7 @@ def apply(
     if decision.advance:
         before = for_stage(run, progress.stage).validation
         progress = replace(progress, stage=progress.stage + 1, stage_start=progress.step)
-        if for_stage(run, progress.stage).validation != before:
+        if not alike(for_stage(run, progress.stage).validation, before):
             progress, history = replace(progress, best=None), replace(history, evaluations=())
     return progress, history
 

@@ -47,7 +47,7 @@ def sole_user(workdir: Path) -> Iterator[None]:
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / "lock", "a+") as file:
-        holder = exchange(_lock(file) if is_first() else "")[0]
+        holder = exchange(lock(file) if is_first() else "")[0]
         if holder:
             raise ValueError(
                 f"--workdir: {str(workdir)!r} is in use by {holder}; stop that run or give another "
@@ -56,8 +56,8 @@ def sole_user(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _lock(file: IO[str]) -> str:
-    """Locks a file. Returns who holds it already."""
+def lock(file: IO[str]) -> str:
+    """Locks a file for as long as it is open. Returns who holds it already, "" where nobody did."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

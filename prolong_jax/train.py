@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from prolong_jax import processes, stages
+from prolong_jax import groups, processes, stages, startup
 from prolong_jax.checkpoint import Checkpointer, params_sha256
 from prolong_jax.config import (
-    DOMAINS,
     LossSettings,
     OptimizerSettings,
     RunConfig,
@@ -29,17 +28,12 @@ from prolong_jax.config import (
     parse,
     row_layout,
     to_dict,
+    verifiers,
 )
 from prolong_jax.control import Control
 from prolong_jax.data.mixture import Sources, next_prompts, open_sources, record
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.evaluate import evaluate, held_out_by_stage, validation_metrics
-from prolong_jax.groups import (
-    conversations,
-    refuse_broken_verifiers,
-    sample_rows,
-    statistics,
-)
 from prolong_jax.host import Host, combined, report_row
 from prolong_jax.mesh import make_mesh
 from prolong_jax.metrics import Progress, Writer, final_table, open_writer
@@ -50,13 +44,6 @@ from prolong_jax.packing import pack
 from prolong_jax.processes import StopSignal, Timer, write_json
 from prolong_jax.report import write_report
 from prolong_jax.rollout import Collector, collect
-from prolong_jax.startup import (
-    prompt_len,
-    record_settings,
-    refuse_other_workdir,
-    refuse_unfit_model,
-    sole_user,
-)
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.types import PyTree, TrainState
 from prolong_jax.update import make_score, make_update, put_rows, reset_reference
@@ -113,7 +100,7 @@ def train_step(
         step,
         timer,
     )
-    refuse_broken_verifiers(sampled, run.verifiers)
+    groups.refuse_broken_verifiers(sampled, run.verifiers)
     rewards = [(g.prompt.id, np.array(g.scores)[g.scored].tolist()) for g in sampled]
     host.cursor.position = record(host.cursor.position, rewards, run.data)
 
@@ -122,8 +109,12 @@ def train_step(
     score, update = programs(trained, mesh, run)
     with timer("score"):
         batches = []
-        for minibatch in split(conversations(kept, run, step), run.update.num_minibatches):
+        advantage_PG = groups.advantages(kept, run, step)
+        items_of = groups.conversations(kept, advantage_PG, run)
+        for minibatch in split(items_of, run.update.num_minibatches):
             items = [conversation for group in minibatch for conversation in group]
+            if not items:
+                continue  # no verdicts, or all filtered
             batch, used = pack(items, **packing(run), layout=trained.layout)
             batches.append((score(state, put_rows(mesh, batch), used), used))
         jax.block_until_ready(batches)
@@ -141,9 +132,10 @@ def train_step(
     host.count_skipped(updates)
     told = combined(updates) | {"update/entropy_coef": host.entropy_coef(run.loss)}
     host.adapt_entropy(run.loss, told.get("update/entropy"))
-    row = statistics(kept, sampled, len(host.cursor.surplus)) | told
+    row = groups.statistics(kept, sampled, len(host.cursor.surplus), run) | told
     row |= {"stage": stage.name, "stage_index": host.progress.stage}
-    return state, row, sample_rows(sampled[: run.metrics.samples_per_step], kept, run, step)
+    shown = sampled[: run.metrics.samples_per_step]
+    return state, row, groups.sample_rows(shown, kept, advantage_PG, step)
 
 
 def split(groups: Sequence[Any], parts: int) -> list[list[Any]]:
@@ -185,16 +177,16 @@ def train(run: RunConfig, workdir: Path, allow_changes: bool = False) -> int:
     started = time.monotonic()
     processes.start(run.mesh)
     processes.take_compilations()  # from now on they are counted
-    refuse_other_workdir(run, workdir, allow_changes)
+    startup.refuse_other_workdir(run, workdir, allow_changes)
     mesh = make_mesh(run.mesh)
     dtype = jnp.dtype(run.model.dtype)
     model, params = load_model(run.model.path, dtype, mesh, random=run.model.random)
     tokenizer = ChatTokenizer(run.model.path)
-    refuse_unfit_model(run, model, tokenizer)
-    sources = open_sources(run, lambda prompt: prompt_len(prompt, tokenizer, run))
+    startup.refuse_unfit_model(run, model, tokenizer)
+    sources = open_sources(run, lambda prompt: startup.prompt_len(prompt, tokenizer, run))
     name = "faults.jsonl" if processes.is_first() else f"faults_{jax.process_index()}.jsonl"
-    with sole_user(workdir), open_pool(run.verifiers, workdir / name) as pool:
-        pool.check(DOMAINS)
+    with startup.sole_user(workdir), open_pool(run.verifiers, workdir / name) as pool:
+        pool.check(verifiers(run))
         processes.keep_compilations(workdir / "compiled")
         collector = Collector(model, mesh, tokenizer, pool, run.seed)
         for_training(model, mesh, run.model)  # refuses attention that the platform does not have
@@ -219,7 +211,7 @@ def run_from(
     if restored is not None:
         state, host = restored[0], Host.from_dict(restored[1])
         print(f"continuing from step {host.progress.step} in {workdir}")
-    record_settings(run, workdir, host.progress)
+    startup.record_settings(run, workdir, host.progress)
     if is_finished(run, host) and (workdir / "summary.json").exists():
         print(f"this run is complete at step {host.progress.step}; raise --config.total_steps")
         return True
@@ -336,8 +328,8 @@ def validate(
     prompts = setup.held_out if stage is None else setup.validation[stage]
     with timer("evaluate"):
         params = sampling_copy(collector.model, collector.mesh, state.params)
-        table, groups = evaluate(collector, params, prompts, samples, run, step, Timer())
-    refuse_broken_verifiers(groups, run.verifiers)
+        table, sampled = evaluate(collector, params, prompts, samples, run, step, Timer())
+    groups.refuse_broken_verifiers(sampled, run.verifiers)
     return table, validation_metrics(table)
 
 

@@ -7,6 +7,7 @@ an argument of the compiled programs, so that one compilation serves every step.
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,8 +79,7 @@ def _local_sums(
     ratio_BT = importance_ratio(jax.lax.stop_gradient(logp_BT), rows.old_logp)
     highest = {"ratio_max": ratio_BT, "ratio_min": 1.0 / ratio_BT}
     highest |= {"advantage_max": rows.advantage, "advantage_min": -rows.advantage}
-    # Maxima start at 0, which none is below: the advantages of a group add up to 0.
-    highest = {k: jnp.where(rows.mask, x_BT, 0.0).max() for k, x_BT in highest.items()}
+    highest = {k: jnp.where(rows.mask, x_BT, -jnp.inf).max() for k, x_BT in highest.items()}
     return jax.lax.psum(sums, ROW_AXES), jax.lax.pmax(highest, ROW_AXES)
 
 
@@ -93,6 +93,33 @@ def _divided(total: Mean, sums: dict[str, Mean], highest: dict[str, Array]) -> d
     means |= {f"is_ratio_q{q:02}": quantile(below, q / 100) for q in (1, 50, 99)}
     means["is_ess"] = jnp.square(means["is_weight"]) / jnp.maximum(square, 1e-30)
     return means | highest | least
+
+
+def _flops_per_token(model: Model, params: PyTree) -> Array:
+    """Of a forward and a backward pass, without attention."""
+    weights = optax.tree.size(params)  # an embedding that is no head multiplies nothing
+    weights -= 0 if model.head_name == "embed" else optax.tree.size(params["embed"])
+    return jnp.float32(6.0 * weights)
+
+
+def _gradient_of_total(
+    model: Model, mesh: Mesh, loss: LossSettings, temperature: float, on_policy: bool
+) -> Callable[..., tuple[PyTree, Any]]:
+    """(params, rows, sum of gradients so far, entropy_coef) -> gradient, and sums and maxima."""
+    local_sums = partial(_local_sums, make_objective(**asdict(loss)))
+    specs = (ROWS, ROWS, ROWS, P())
+    global_sums = jax.shard_map(local_sums, mesh=mesh, in_specs=specs, out_specs=P())
+
+    def objective(params: PyTree, rows: Batch, grads: PyTree, entropy_coef: Array):
+        logp_BT, entropy_BT = token_logprobs(model, params, rows, temperature, grads)
+        if on_policy:
+            rows = replace(rows, old_logp=jax.lax.stop_gradient(logp_BT))
+        if not (loss.entropy_coef or loss.entropy_target):
+            entropy_BT = jax.lax.stop_gradient(entropy_BT)  # is cheaper
+        means, highest = global_sums(logp_BT, entropy_BT, rows, entropy_coef)
+        return means[0].total, (means, highest)
+
+    return jax.grad(objective, has_aux=True)
 
 
 def make_update(
@@ -113,21 +140,7 @@ def make_update(
     `on_policy`: the batch is the only one of its step, so that the policy before the step's updates
     is the one at hand and its logprobs need not be in the batch.
     """
-
-    local_sums = partial(_local_sums, make_objective(**asdict(loss)))
-    specs = (ROWS, ROWS, ROWS, P())
-    global_sums = jax.shard_map(local_sums, mesh=mesh, in_specs=specs, out_specs=P())
-
-    def objective(params: PyTree, rows: Batch, grads: PyTree, entropy_coef: Array):
-        logp_BT, entropy_BT = token_logprobs(model, params, rows, temperature, grads)
-        if on_policy:
-            rows = replace(rows, old_logp=jax.lax.stop_gradient(logp_BT))
-        if not (loss.entropy_coef or loss.entropy_target):
-            entropy_BT = jax.lax.stop_gradient(entropy_BT)  # is cheaper
-        means, highest = global_sums(logp_BT, entropy_BT, rows, entropy_coef)
-        return means[0].total, (means, highest)
-
-    gradient = jax.grad(objective, has_aux=True)
+    gradient = _gradient_of_total(model, mesh, loss, temperature, on_policy)
 
     def update(
         state: TrainState,
@@ -145,10 +158,13 @@ def make_update(
             return grads, (means, jax.tree.map(jnp.maximum, highest, higher))
 
         first = _micro_batch(batch, jnp.int32(0))
-        start = _zeros(jax.eval_shape(gradient, state.params, first, state.params, entropy_coef))
+        shapes = jax.eval_shape(gradient, state.params, first, state.params, entropy_coef)
+        grads, (means, highest) = _zeros(shapes)
+        start = grads, (means, jax.tree.map(lambda x: x - jnp.inf, highest))
         grads, aux = jax.lax.fori_loop(0, num_micro_batches, added, start)
         (total, statistics), highest = aux
-        grads = jax.tree.map(lambda g: g / jnp.maximum(total.weight, 1.0), grads)
+        weight = jnp.where(total.weight == 0, 1.0, total.weight)
+        grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         stepped = replace(
@@ -158,9 +174,7 @@ def make_update(
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
         metrics = _divided(total, statistics, highest) | {"grad_norm": norm}
         metrics["learning_rate"] = learning_rate(opt_state)
-        weights = optax.tree.size(state.params)  # an embedding that is no head multiplies nothing
-        weights -= 0 if model.head_name == "embed" else optax.tree.size(state.params["embed"])
-        metrics["flops_per_token"] = jnp.float32(6.0 * weights)
+        metrics["flops_per_token"] = _flops_per_token(model, state.params)
         metrics["skipped_nonfinite"] = (~finite).astype(jnp.float32)
         return state, {f"update/{name}": value for name, value in metrics.items()}
 

@@ -1,11 +1,11 @@
-"""Group advantages, dead groups and the penalty for not stopping."""
+"""Advantages of all estimators, and dead groups."""
 
 import math
 
 import numpy as np
 import pytest
 
-from prolong_jax import advantages
+from prolong_jax import advantages, config, shaping
 
 LONE_SUCCESS = np.array([0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
 
@@ -85,23 +85,74 @@ def test_the_reward_of_an_unscored_response_is_never_looked_at(junk):
 
 def test_dead_is_judged_on_the_raw_reward_because_shaping_revives_a_uniform_group():
     raw_G, finished_G = np.ones(4), np.array([True, True, True, False])
-    shaped_G = advantages.stop_properly(raw_G, finished_G, coef=0.0)
+    shaped_G = shaping.stop_properly(raw_G, finished_G, coef=0.0)
     assert advantages.is_dead(raw_G, all_scored(raw_G))
     assert not advantages.is_dead(shaped_G, all_scored(raw_G))
 
 
-@pytest.mark.parametrize(
-    ("coef", "unfinished"),
-    [(1.0, [0.8, 0.0]), (0.5, [0.4, 0.0]), (0.0, [0.0, 0.0]), (-0.5, [-0.5, -0.5])],
-)
-def test_stop_properly_scales_or_replaces_the_reward_of_unfinished_responses(coef, unfinished):
-    reward = np.array([0.8, 0.0, 0.8, 0.0])
-    finished = np.array([True, True, False, False])
-    shaped = advantages.stop_properly(reward, finished, coef=coef)
-    np.testing.assert_allclose(shaped, [0.8, 0.0, *unfinished])
+def loop_estimate(name, reward_PG, scored_PG):
+    """Every advantage from the definition, response by response."""
+    everyone = [
+        (float(r), p) for p, row in enumerate(reward_PG) for r in row[scored_PG[p]]
+    ]  # fmt: skip
+
+    def standardised(value, values):
+        if len(values) < 2:
+            return 0.0
+        mean = sum(values) / len(values)
+        std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        return (value - mean) / (std + 1e-6)
+
+    def one(p, g):
+        reward, group = float(reward_PG[p, g]), [float(r) for r in reward_PG[p][scored_PG[p]]]
+        if name == "group":
+            return standardised(reward, group)
+        if name == "group_mean":
+            return reward - sum(group) / len(group)
+        if name == "leave_one_out":
+            others = sum(group) - reward
+            return reward - others / (len(group) - 1) if len(group) > 1 else 0.0
+        if name == "batch":
+            return standardised(reward, [r for r, _ in everyone])
+        assert name == "group_mean_batch", f"write the loop of {name}"
+        means = [
+            sum(r := reward_PG[q][scored_PG[q]]) / max(len(r), 1) for q in range(len(scored_PG))
+        ]
+        return standardised(reward - means[p], [r - means[q] for r, q in everyone])
+
+    return [
+        [one(p, g) if scored_PG[p, g] else 0.0 for g in range(reward_PG.shape[1])]
+        for p in range(len(reward_PG))
+    ]
 
 
-@pytest.mark.parametrize("coef", [1.5, float("nan")])
-def test_stop_properly_refuses_a_coefficient_above_one(coef):
-    with pytest.raises(ValueError, match="coef must be at most 1"):
-        advantages.stop_properly(np.ones(2), np.array([True, False]), coef=coef)
+@pytest.mark.parametrize("name", advantages.ESTIMATORS)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_estimator_equals_its_loop(name, seed):
+    rng = np.random.default_rng(seed)
+    reward_PG, scored_PG = rng.random((6, 5)), rng.random((6, 5)) < 0.7
+    scored_PG[0], scored_PG[1] = False, np.arange(5) == 3  # none scored, one scored
+    with_junk_PG = np.where(scored_PG, reward_PG, np.nan)
+    actual_PG = advantages.ESTIMATORS[name](with_junk_PG, scored_PG)
+    expected_PG = loop_estimate(name, reward_PG, scored_PG)
+    np.testing.assert_allclose(actual_PG, expected_PG, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", advantages.ESTIMATORS)
+def test_every_estimator_is_safe_with_equal_rewards_and_groups_of_one(name):
+    noisy_PG = np.full((3, 4), 0.3) + np.array([0, 1, -1, 0]) * 1e-17  # rounds to equal
+    noisy_PG[:, 0] = 0.1 + 0.2  # one unit in the last place away
+    for reward_PG in (noisy_PG, np.ones((3, 4)), noisy_PG[:, :1]):
+        advantage_PG = advantages.ESTIMATORS[name](reward_PG, all_scored(reward_PG))
+        np.testing.assert_allclose(advantage_PG, 0.0, atol=1e-9)
+
+
+def test_the_settings_know_every_estimator():
+    assert tuple(advantages.ESTIMATORS) == config.ADVANTAGES
+
+
+def test_boost_multiplies_what_is_wholly_right_and_better_than_its_group():
+    advantage = np.array([2.0, 2.0, -1.0, -1.0])
+    raw = np.array([1.0, 0.5, 1.0, 0.0])
+    boosted = advantages.boost_correct(advantage, raw, factor=1.5)
+    np.testing.assert_allclose(boosted, [3.0, 2.0, -1.0, -1.0])

@@ -108,6 +108,15 @@ def test_the_one_before_a_damaged_one_is_used(tmp_path, capsys):
     assert len(list((tmp_path / "damaged").glob("4-*/*"))) > 1  # nothing is deleted
 
 
+def test_one_without_readable_checksums_is_not_trusted(tmp_path, capsys):
+    saved(tmp_path)
+    (tmp_path / "checksums" / "4.json").write_bytes(b'{"state/\xff')
+    with opened(tmp_path) as checkpointer:
+        found = checkpointer.resume(state(0))
+    assert found is not None and found[1] == {"step": 2}
+    assert "put aside: step 4 (its checksums cannot be read)" in capsys.readouterr().out
+
+
 def test_without_a_whole_one_the_run_is_refused(tmp_path):
     saved(tmp_path, steps=(2,))
     max(files_of(tmp_path, 2), key=lambda f: f.stat().st_size).write_bytes(b"")

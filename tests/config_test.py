@@ -1,6 +1,10 @@
+import dataclasses
+
 import pytest
 
 from prolong_jax.config import (
+    DOMAINS,
+    LossSettings,
     RunConfig,
     build,
     changes,
@@ -10,7 +14,9 @@ from prolong_jax.config import (
     refuse_other,
     row_layout,
     to_dict,
+    verifiers,
 )
+from prolong_jax.presets import PRESETS
 
 TINY = "experiments/configs/tiny.py"
 
@@ -55,8 +61,28 @@ def test_round_trip():
         ("update.row_len=100", "'update.row_len' (100) must hold"),
         ("rollout.group_size=1", "'rollout.group_size' must be at least 2, got 1"),
         ("rollout.temperature=0.0", "'rollout.temperature' must be greater than 0"),
-        ("loss.kl_estimator=k1", "'loss.kl_estimator' must be k2 or k3"),
+        ("loss.kl_estimator=k1", "'loss.kl_estimator' k1 has no expected gradient as a loss"),
         ("loss.clip_low=1.0", "'loss.clip_low' must be in (0, 1)"),
+        ("loss.policy_loss=ppo", "'loss.policy_loss' must be ppo_clip, dual_clip, gspo"),
+        ("loss.kl_estimator=k4", "'loss.kl_estimator' must be k1, k2 or k3, got 'k4'"),
+        ("loss.kl_in=both", "'loss.kl_in' must be loss or reward"),
+        ("loss.correction=is", "'loss.correction' must be none, tis, icepop or seq_mask_tis"),
+        ("loss.aggregation=mean", "'loss.aggregation' must be token_mean"),
+        ("advantage.estimator=z", "'advantage.estimator' must be group, group_mean"),
+        ("loss.dual_clip=1.0", "'loss.dual_clip' must be above 1, got 1.0"),
+        ("loss.is_low=2.5", "'loss.is_low' must be from 0 to 1 and at most loss.is_high"),
+        ("loss.is_high=0.0", "'loss.is_high' must be greater than 0"),
+        ("loss.entropy_coef=-0.1", "'loss.entropy_coef' must be 0 or more"),
+        ("shaping.overlong_buffer=2.0", "'shaping.overlong_buffer' must be in [0, 1], got 2.0"),
+        ("shaping.length_min=1.0", "'shaping.length_min' must be at most shaping.length_max"),
+        ("shaping.ngram_coef=-1.0", "'shaping.ngram_coef' must be 0 or more"),
+        ("advantage.correct_boost=0.0", "'advantage.correct_boost' must be greater than 0"),
+        ("loss.entropy_target=0.3 loss.entropy_step=0.0", "'loss.entropy_step' must be above 0"),
+        ("shaping.ngram_coef=0.5", "'shaping.ngram_coef' needs shaping.ngram_size"),
+        ("shaping.length_off=500", "'shaping.length_off' needs shaping.length_on"),
+        ("shaping.stop_properly=-1e999", "'shaping.stop_properly' must be at most 1, got -inf"),
+        ("preset=dapo loss=5", "'loss' expects LossSettings, got 5"),
+        ("preset=dappo", "'preset' must be grpo, dapo"),
         ("model.dtype=float16", "'model.dtype' must be float32 or bfloat16"),
         ("metrics.wandb=yes", "'metrics.wandb' must be off, offline or online"),
         ("stages=[]", "'stages' is empty"),
@@ -66,7 +92,7 @@ def test_round_trip():
         ("stages=[{'end_on_plateau': True}, {}]", "'stages.0' never ends"),
         ("validation.prompts_per_level=0", "'validation.prompts_per_level' must be greater than 0"),
         ("validation.temperature=0.0", "'validation.temperature' must be greater than 0"),
-        ("shaping.stop_properly=2.0", "'rollout.stop_properly' must be at most 1"),
+        ("shaping.stop_properly=2.0", "'shaping.stop_properly' must be at most 1"),
         ("rollout.sample_rows=0", "'rollout.sample_rows' must be greater than 0"),
         ("rollout.stop_strings=['a', '']", "'rollout.stop_strings' has an empty one"),
         ("update.max_skipped=0", "'update.max_skipped' must be greater than 0"),
@@ -84,7 +110,9 @@ def test_round_trip():
 )
 def test_bad_settings_are_refused_in_one_sentence(override, message):
     with pytest.raises(ValueError) as error:
-        load(TINY, [override])
+        load(
+            TINY, override.split(" ") if override.startswith(("loss.ent", "preset")) else [override]
+        )
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -100,7 +128,16 @@ def test_bad_files_are_refused(tmp_path):
 def test_stage_overrides_apply_to_their_stage_only():
     run = load(TINY, ["stages.1.overrides={'loss.kl_coef': 0.5, 'rollout.group_size': 4}"])
     assert for_stage(run, 1).loss.kl_coef == 0.5 and for_stage(run, 1).rollout.group_size == 4
-    assert for_stage(run, 0).loss == run.loss
+    assert for_stage(run, 0).loss.kl_coef == run.loss.kl_coef != 0.5
+
+
+def test_verifiers_of_all_sources_are_asked_for():
+    named = "data.sources.x.path=x", "data.sources.x.verifier=mine", "validation.sources.y.path=y"
+    later = (
+        "stages=[{'overrides': {'validation.sources': {'y': {'path': 'y', 'verifier': 'his'}}}}]"
+    )
+    assert verifiers(load(TINY, [*named, later])) == [*DOMAINS, "his", "mine"]
+    assert verifiers(load(TINY)) == [*DOMAINS]
 
 
 def test_a_workdir_of_another_run_is_refused():
@@ -176,3 +213,41 @@ def test_the_eight_runs_of_prorl():
     assert 200 <= v2.stages[0].reset.every <= 500
     assert (brorl.rollout.group_size, brorl.rollout.prompts_per_step) == (512, 128)
     assert brorl.optimizer.learning_rate == pytest.approx(2e-6 * 8**0.5)
+
+
+def test_a_preset_of_a_file_fills_in_what_the_file_does_not_state(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "def get_config():\n"
+        "    return {'preset': 'dapo', 'loss': {'kl_coef': 0.5}, 'shaping': {'stop_properly': 0.0}}\n"
+    )
+    run = load(path, ["loss.clip_high=0.3"])
+    assert (run.loss.kl_coef, run.loss.clip_high) == (0.5, 0.3)  # the file's and the command line's
+    assert (run.loss.correction, run.rollout.dynamic_sampling) == ("none", True)
+    assert (run.shaping.stop_properly, run.shaping.overlong_buffer) == (0.0, 0.2)
+    assert build(RunConfig, to_dict(run)) == run  # as a workdir keeps it
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_of_the_command_line_replaces_what_the_file_states(name):
+    assert load(TINY).loss.kl_coef == 1e-3
+    run = load(TINY, [f"preset={name}", "rollout.group_size=8"])
+    assert PRESETS[name]["loss"].keys() == {f.name for f in dataclasses.fields(LossSettings)}
+    for section, settings in PRESETS[name].items():
+        for key, value in settings.items():
+            if key != "group_size":
+                assert getattr(getattr(run, section), key) == value
+    assert run.rollout.group_size == 8
+    changed = load(TINY, ["loss.kl_coef=0.7", f"preset={name}", "rollout.group_size=8"])
+    assert changed == dataclasses.replace(run, loss=dataclasses.replace(run.loss, kl_coef=0.7))
+
+
+def test_preset_prorl_v1_is_what_the_defaults_are():
+    for section, settings in PRESETS["prorl_v1"].items():
+        own = dataclasses.asdict(getattr(RunConfig(), section))
+        assert {key: own[key] for key in settings} == settings
+
+
+def test_a_sum_over_a_constant_takes_the_longest_response():
+    run = load(TINY, ["preset=dr_grpo", "stages.1.overrides={'rollout.max_response_len': 99}"])
+    assert [for_stage(run, i).loss.token_constant for i in range(2)] == [128.0, 99.0]

@@ -6,7 +6,8 @@ import tempfile
 
 # Shapes and dtypes of these pure modules are checked on every call. The others are left alone:
 # their checks would be traced into every compiled program.
-SHAPE_CHECKED = ["prolong_jax.masked", "prolong_jax.losses", "prolong_jax.advantages"]
+PURE = ("masked", "sequences", "losses", "objectives", "advantages", "shaping")
+SHAPE_CHECKED = [f"prolong_jax.{name}" for name in PURE]
 
 
 def pytest_configure(config):
@@ -33,5 +34,6 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """The longest files come first, so that both workers end at about the same time."""
-    long = ["train_test.py", "update_test.py", "learning_test.py", "processes_test.py"]
+    long = ["train_test.py", "update_test.py", "notebooks_test.py", "learning_test.py"]
+    long += ["processes_test.py"]
     items.sort(key=lambda i: long.index(i.path.name) if i.path.name in long else len(long))

@@ -39,6 +39,15 @@ def test_the_signal_asks_for_a_reset(tmp_path):
         assert control.take(7) == {"reset"}
 
 
+def test_a_kept_request_that_cannot_be_read_does_not_end_the_run(tmp_path, capsys):
+    (tmp_path / "control").mkdir()
+    (tmp_path / "control" / "3.json").write_text("")
+    (tmp_path / "control.json").write_text('{"evaluate": true}')
+    with Control(tmp_path) as control:
+        assert control.take(3) == {"evaluate"}
+    assert "it is left as 3.json" in capsys.readouterr().out
+
+
 def test_what_cannot_be_read_is_told_and_put_aside(tmp_path, capsys):
     for text, why in (
         ("{", "control.json: "),

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import os
 from contextlib import closing
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from prolong_jax.scores import (
     pass_at_k,
     powers_of_two,
 )
+from prolong_jax.startup import lock
 from prolong_jax.tokenizer import ChatTokenizer
 from prolong_jax.types import TrainState
 
@@ -340,6 +342,20 @@ def test_another_evaluation_in_the_directory_is_refused(base, data, tmp_path, ca
     assert "validation.max_response_len = 513 exceeds the 512 positions" in capsys.readouterr().err
     assert main(arguments(data, base, "--step=1")) == 2
     assert "--step: expected the workdir of a run" in capsys.readouterr().err
+
+
+def test_two_evaluations_do_not_write_to_one_directory(base, data, tmp_path, capsys):
+    before = (base / "responses.jsonl").read_bytes()
+    with open(base / "lock", "a+") as file:
+        assert lock(file) == ""  # as another process holds it
+        assert main(arguments(data, base)) == 2
+        assert f"in use by process {os.getpid()} on" in capsys.readouterr().err
+    assert main(arguments(data, base)) == 0 and (base / "responses.jsonl").read_bytes() == before
+    (tmp_path / "lock").write_text("mine")
+    (tmp_path / "other").write_text("mine")
+    assert main(arguments(data, tmp_path)) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert (tmp_path / "lock").read_text() == "mine"
 
 
 def test_the_policy_of_a_run_is_evaluated(base, data, tmp_path):

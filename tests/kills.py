@@ -7,6 +7,7 @@ bit but for times. The exit code is 1 where anything differs.
 """
 
 import argparse
+import os
 import random
 import sys
 import tempfile
@@ -42,6 +43,7 @@ def main() -> int:
     args = parser.parse_args()
     rng, failed = random.Random(args.seed), False
     with tempfile.TemporaryDirectory() as scratch:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{scratch}/compiled"
         whole = Path(scratch) / "whole"
         code, printed = runs.start(runs.arguments(whole))
         assert code == 0, printed

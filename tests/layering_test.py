@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 # A name stands for the module or for a subpackage with all its modules. Imports go downwards only.
 LAYERS = (
-    ("types", "presets", "model_files"),
-    ("config",),
+    ("presets",),
+    ("types", "config", "model_files"),
     (
         "masked",
         "mesh",
@@ -73,7 +73,7 @@ RUNS_PROGRAMS = ("verifiers.sandbox_zygote",)  # but in a process of its own
 
 CORE = "types masked losses advantages stages sampler update rollout train".split()
 MAX_CORE_LINES = 1800
-MAX_PACKAGE_LINES = 14_500
+MAX_PACKAGE_LINES = 15_500
 MAX_FUNCTION_LINES = 60
 MAX_ARGUMENTS = 8
 MAX_NESTING = 3

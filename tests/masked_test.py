@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prolong_jax import masked
+from prolong_jax import masked, sequences
 from prolong_jax.types import Mean
 
 SEEDS = range(5)
@@ -23,7 +23,7 @@ def sequence_mean(x_BT, mask_BT):
     """One response per row where rows are short, else packed as SEGMENTS_T says."""
     length = x_BT.shape[1]
     segments_T = SEGMENTS_T if length == 7 else jnp.ones(length, dtype=jnp.int32)
-    return masked.sequence_mean(x_BT, mask_BT, jnp.broadcast_to(segments_T, x_BT.shape))
+    return sequences.sequence_mean(x_BT, mask_BT, jnp.broadcast_to(segments_T, x_BT.shape))
 
 
 REDUCTIONS = [token_mean, sequence_mean]

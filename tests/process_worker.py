@@ -10,8 +10,8 @@ from jax.flatten_util import ravel_pytree
 
 from prolong_jax import processes, update
 from prolong_jax.config import MeshSettings
-from prolong_jax.losses import grpo_loss
 from prolong_jax.mesh import make_mesh
+from prolong_jax.objectives import make_objective
 from prolong_jax.types import Mean
 
 MESH = MeshSettings(1, 2, 2)  # rows and weights over the processes, tensor inside
@@ -23,12 +23,17 @@ def flat_gradient() -> np.ndarray:
     return np.asarray(ravel_pytree(gradient(mesh=make_mesh(MESH))[0])[0])
 
 
-def mean_of_means(*args, **kwargs):
+def mean_of_means(**settings):
     """The planted error: a device divides by its own weight, and the quotients are averaged."""
-    total, statistics = grpo_loss(*args, **kwargs)
-    weight, devices = (jax.lax.psum(x, update.ROW_AXES) for x in (total.weight, 1))
-    share = weight / (devices * jax.numpy.maximum(total.weight, 1.0))
-    return Mean(total.total * share, total.weight), statistics
+    objective = make_objective(**settings)
+
+    def planted(*arrays):
+        total, statistics = objective(*arrays)
+        weight, devices = (jax.lax.psum(x, update.ROW_AXES) for x in (total.weight, 1))
+        share = weight / (devices * jax.numpy.maximum(total.weight, 1.0))
+        return Mean(total.total * share, total.weight), statistics
+
+    return planted
 
 
 def shares() -> list:
@@ -57,7 +62,7 @@ def main(address: str, count: str, number: str, out: str) -> None:
     found["stops"] = stop.agreed()
     Path(out, f"{number}.json").write_text(json.dumps(found))
     right = flat_gradient()
-    update.grpo_loss = mean_of_means
+    update.make_objective = mean_of_means
     np.savez(Path(out, f"{number}.npz"), right=right, planted=flat_gradient())
     print("only the first says this")
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from prolong_jax import processes, train
+from prolong_jax import evaluate, processes, train
 from prolong_jax.mesh import make_mesh
 from prolong_jax.metrics import read_rows
-from tests import train_test
+from tests import evaluate_test, train_test
 from tests.process_worker import MESH
 from tests.update_test import gradient
 
@@ -207,6 +207,46 @@ def test_a_run_goes_on_with_other_devices_and_processes(tmp_path):
     assert change == {"step": 1, "changes": {"mesh.data": [2, 1], "total_steps": [1, 2]}}
 
 
+@pytest.mark.slow
+def test_two_processes_evaluate_like_one(tmp_path):
+    """Five prompts, so that the shares differ; stopped after two of them by one, continued by both."""
+    (tmp_path / "aime24.json").write_text(json.dumps(evaluate_test.sums(5)))
+
+    def arguments(name, mesh):
+        more = [f"--config.mesh.{key}={value}" for key, value in mesh.items()]
+        more += ["--config.update.micro_batch_rows=4", "--config.rollout.sample_rows=4"]
+        return evaluate_test.arguments(tmp_path, tmp_path / name, *more, "--sets=aime24")
+
+    def of_both(name):
+        def of_one(address, number):
+            place = {"coordinator": address, "num_processes": 2, "process_id": number}
+            return arguments(name, {"data": 4} | place)
+
+        return of_one
+
+    assert evaluate.main(arguments("alone", {"data": 4})) == 0
+    with pair("prolong_jax.evaluate", tmp_path, of_both("pair")) as running:
+        finish(running, tmp_path)
+    assert ["source/aime24" in text for text in said(tmp_path)] == [True, False]
+    kept = {name: read_rows(tmp_path / name / "responses.jsonl") for name in ("alone", "pair")}
+    assert len(kept["alone"]) == len(kept["pair"]) == 10
+    for ours, theirs in zip(kept["pair"], kept["alone"], strict=True):
+        assert ours.pop("nll") == pytest.approx(theirs.pop("nll"), abs=1e-4)
+        assert ours == theirs
+    cut = (tmp_path / "alone" / "responses.jsonl").read_bytes().splitlines(keepends=True)[:4]
+    (tmp_path / "alone" / "responses.jsonl").write_bytes(b"".join(cut))
+    with pair("prolong_jax.evaluate", tmp_path, of_both("alone")) as running:
+        finish(running, tmp_path)
+    again = read_rows(tmp_path / "alone" / "responses.jsonl")
+    assert [row["response"] for row in again] == [row["response"] for row in kept["alone"]]
+
+    protocol = tmp_path / "pair" / "protocol.json"
+    protocol.write_text(protocol.read_text().replace("0.6", "0.7"))
+    with pair("prolong_jax.evaluate", tmp_path, of_both("pair")) as running:
+        finish(running, tmp_path, code=2)  # both are refused, none waits for the other
+    assert ["holds another evaluation" in text for text in said(tmp_path)] == [True, True]
+
+
 def run_code(code):
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
@@ -222,6 +262,21 @@ def test_the_watchdog_dumps_stacks_and_the_run_goes_on():
     assert result.returncode == 0 and result.stdout == "went on\n"
     assert result.stderr.count("Timeout (0:00:00.200000)!") == 1
     assert "in stuck_step" in result.stderr
+
+
+def test_memory_that_malloc_keeps_is_given_back():
+    """Of 100 MB in small blocks, all but every hundredth block is freed."""
+    result = run_code(
+        "from prolong_jax import processes\n"
+        "def used(): return processes.usage(processes.Timer())['memory/rss_mb']\n"
+        "blocks = [bytes(50_000) for _ in range(2000)]\n"
+        "few, full = blocks[::100], used()\n"
+        "del blocks\n"
+        "kept = used()\n"
+        "processes.give_back_memory()\n"
+        "print(full - kept < 50, full - used() > 70)\n"
+    )
+    assert result.stdout == "True True\n", result
 
 
 START = """

@@ -125,6 +125,47 @@ def test_resets_are_marked_where_they_happened(workdir):
     assert "<td>plateau</td><td></td><td>reference</td>" in html
 
 
+def with_other_prompts_in_the_second_stage(workdir, **overrides):
+    stages = [{"name": "first"}, {"name": "second", "overrides": overrides}]
+    (workdir / "config.json").write_text(json.dumps({"validation": {"seed": 7}, "stages": stages}))
+    return page(workdir)
+
+
+def test_scores_on_other_prompts_are_not_compared(workdir):
+    """Evaluations at 0, 20 and 40 ask the run's prompts, those from 60 on others."""
+    finish(workdir)
+    html = with_other_prompts_in_the_second_stage(workdir, **{"validation.seed": 8})
+    rows = re.findall(
+        r"<tr><td>all levels(.*?)</td><td>([\d.]+).*?<td>([\d.]+) .*?(\d+)</td></tr>", html
+    )
+    assert rows == [
+        ("", "0.250", "0.812", "100"),
+        (" (second), from step 60", "0.550", "0.750", "100"),
+    ]
+    assert "(second): evaluated otherwise than the base (validation.seed 8)" in html
+    chart = report.validation_chart([report.read_workdir(workdir)], "all")
+    curves = re.findall(r'<g class="(c\d)">.*?class="curve" d="(.*?)"', chart)
+    assert [(style, len(re.findall("[ML]", d))) for style, d in curves] == [("c0", 4), ("c2", 3)]
+    (workdir / "summary.json").unlink()  # as of a run that goes on
+    html = page(workdir)
+    assert re.search(r"<td>all levels</td><td>0.250.*?<td>0.450", html)
+
+
+def test_other_numbers_of_samples_are_compared(workdir):
+    same = {"validation.every": 5, "validation.samples": 9, "validation.seed": 7}
+    html = with_other_prompts_in_the_second_stage(workdir, **same, **{"loss.kl_coef": 0.1})
+    assert "evaluated otherwise" not in html and "+0.500" in html
+
+
+def test_data_sets_have_rows_of_their_own(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        known = {k: v for k, v in row.items() if k.startswith("validation/all/")}
+        row |= {k.replace("/all/", "/source/aime<24>/"): v for k, v in known.items()}
+    write_rows(workdir / "metrics.jsonl", rows)
+    assert "<td>source/aime&lt;24&gt;</td><td>0.250" in page(workdir)
+
+
 def test_what_a_reset_says_of_itself_is_shown(workdir):
     rows = [{"step": 1, "reset": "KL <b>", "reset/values": {"kl": 0.123456, "limit": 0.1}}]
     rows[0]["reset/what"] = ["reference", "<i>"]

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,14 @@ import numpy as np
 import pytest
 
 from prolong_jax import groups, rollout, sampler
-from prolong_jax.config import TINY_BASE, MeshSettings, RolloutSettings
+from prolong_jax.config import (
+    TINY_BASE,
+    AdvantageSettings,
+    MeshSettings,
+    RolloutSettings,
+    RunConfig,
+    ShapingSettings,
+)
 from prolong_jax.data.mixture import Position, prompt_at
 from prolong_jax.data.prompts import Prompt
 from prolong_jax.groups import Group
@@ -24,7 +32,7 @@ from prolong_jax.verifiers import Status, Verdict
 from tests.tiny import MODEL
 
 
-def group(scores, number=0, statuses=None, stopped=None, step=1):
+def group(scores, number=0, statuses=None, stopped=None, step=1, tokens=None):
     n = len(scores)
     prompt = Prompt(
         str(number), "math", "easy", "math", ({"role": "user", "content": "?"},), {}, "test"
@@ -32,7 +40,7 @@ def group(scores, number=0, statuses=None, stopped=None, step=1):
     return Group(
         prompt=prompt,
         prompt_tokens=[1, 2],
-        tokens=[[3, 4]] * n,
+        tokens=tokens or [[3, 4]] * n,
         logp=[[-0.5, -0.25]] * n,
         stopped=stopped or [True] * n,
         texts=["text"] * n,
@@ -41,6 +49,12 @@ def group(scores, number=0, statuses=None, stopped=None, step=1):
         details=[""] * n,
         step=step,
     )
+
+
+def items(of, run=None):
+    """The conversations of one group."""
+    run = run or RunConfig()
+    return groups.conversations([of], groups.advantages([of], run, 1), run)[0]
 
 
 ALIVE, ZERO, ONE, SAME = [1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.3, 0.3]
@@ -115,23 +129,90 @@ def test_without_dynamic_sampling_dead_groups_are_kept(monkeypatch):
 def test_lone_success_lives_and_uniform_rewards_die(scores, dead):
     assert group(scores).is_dead == dead
     if not dead:
-        assert np.count_nonzero(groups.advantages(group(scores), RolloutSettings())) == 8
+        assert np.count_nonzero(groups.advantages([group(scores)], RunConfig(), 1)) == 8
 
 
 def test_shaping_does_not_wake_a_dead_group():
     uniform = group(ONE, stopped=[True, False])
-    settings = RolloutSettings(stop_properly=0.5)
+    run = RunConfig(shaping=ShapingSettings(stop_properly=0.5))
     assert uniform.is_dead
-    assert np.ptp(groups.advantages(uniform, settings)) > 0
+    assert np.ptp(groups.advantages([uniform], run, 1)) > 0
+
+
+def shaped(run_shaping, step=1, **values):
+    run = RunConfig(
+        rollout=RolloutSettings(max_response_len=10), shaping=ShapingSettings(**run_shaping)
+    )
+    return groups.shaped_reward(group([1.0, 1.0, 0.0], **values), run, step)
+
+
+def test_every_shaping_setting_changes_the_reward():
+    ends = {"stopped": [True, True, False], "tokens": [[1, 2], [1, 1, 1, 1], list(range(10))]}
+    np.testing.assert_array_equal(shaped({}, **ends), [1, 1, 0])
+    np.testing.assert_array_equal(shaped({"stop_properly": -0.5}, **ends), [1, 1, -0.5])
+    np.testing.assert_allclose(shaped({"overlong_buffer": 0.8}, **ends), [1, 0.75, -1])
+    half = {"overlong_buffer": 0.8, "overlong_coef": 0.5}
+    np.testing.assert_allclose(shaped(half, **ends), [1, 0.875, -0.5])
+    cosine = {"length_coef": 0.5, "length_min": -1.0, "length_on": 2, "length_off": 3}
+    on, off = shaped(cosine, **ends), shaped(cosine, step=3, **ends)
+    np.testing.assert_array_equal(off, [1, 1, 0])
+    assert 1 > on[0] > on[1] and on[2] == -0.5
+    repeated = shaped({"ngram_size": 1, "ngram_coef": 0.4}, **ends)
+    np.testing.assert_allclose(repeated, [1, 0.7, 0])
+
+
+def test_overlong_responses_can_be_left_out_of_the_loss_but_not_of_the_group():
+    late = group([1.0, 0.0, 0.0], stopped=[True, True, False])
+    run = RunConfig(shaping=ShapingSettings(overlong_filter=True))
+    kept, whole = items(late, run), items(late)
+    assert (len(kept), len(whole)) == (2, 3)
+    assert [c.advantage for c in kept] == [c.advantage for c in whole[:2]]
+
+
+def test_estimators_over_the_batch_see_all_groups_of_a_step():
+    run = RunConfig(advantage=AdvantageSettings("group_mean_batch", correct_boost=2.0))
+    sure, even = group([1.0, 0.9, 0.9, 0.8]), group([1.0, 0.0, 1.0, 0.0])
+    together = groups.advantages([sure, even], run, 1)
+    alone = groups.advantages([sure], run, 1)
+    assert not np.allclose(together[0], alone[0])
+    std = math.sqrt((2 * 0.1**2 + 4 * 0.5**2) / 7)
+    np.testing.assert_allclose(together[1], [1 / std, -0.5 / std] * 2, rtol=1e-5)  # 2 * 0.5
+
+
+@pytest.mark.parametrize("estimator", ["group", "group_mean_batch"])
+def test_groups_of_another_size_are_trained_on_too(estimator):
+    """As after a change of the group size, when surplus groups wait."""
+    run = RunConfig(advantage=AdvantageSettings(estimator))
+    mixed = [group([1.0, 0.0, 0.0]), group([1.0, 0.0])]
+    advantage_PG = groups.advantages(mixed, run, 1)
+    assert [len(c) for c in groups.conversations(mixed, advantage_PG, run)] == [3, 2]
+    if estimator == "group":
+        np.testing.assert_allclose(advantage_PG[1, :2], groups.advantages(mixed[1:], run, 1)[0])
+    assert advantage_PG[1, 2] == 0
+    assert groups.advantages([], run, 1).size == 0
+
+
+def test_what_is_filtered_is_not_counted_as_trained():
+    late = group([1.0, 0.0, 0.0], stopped=[True, True, False])
+    run = RunConfig(shaping=ShapingSettings(overlong_filter=True))
+    told = [groups.statistics([late], [late], 0, r)["tokens/trained"] for r in (run, RunConfig())]
+    assert told == [6, 8]  # a prompt of 2, and 2 of each response
+
+
+def test_a_sample_that_was_not_trained_on_has_no_advantage():
+    kept, other = group([1.0, 0.0]), group([0.0, 1.0, 1.0])
+    advantage_PG = groups.advantages([kept], RunConfig(), 1)
+    rows = groups.sample_rows([kept, other], [kept], advantage_PG, 1)
+    assert rows[0]["advantage"] > 0 and rows[1]["advantage"] == 0
 
 
 def test_faults_of_the_verifier_are_left_out():
     broken = group([1.0, 0.0, 0.0], statuses=["ok", "ok", "error"])
-    kept = groups.conversations(broken, RolloutSettings())
+    kept = items(broken)
     assert len(kept) == 2 and kept[0].advantage == -kept[1].advantage > 0
     assert group([1.0, 0.0], statuses=["ok", "error"]).is_dead
     late = group([1.0, 0.0], statuses=["ok", "timeout"])
-    assert not late.is_dead and len(groups.conversations(late, RolloutSettings())) == 2
+    assert not late.is_dead and len(items(late)) == 2
 
 
 def test_a_group_survives_json():

@@ -149,7 +149,7 @@ def command(argv: list[str], **trouble: str) -> list[str]:
 
 def start(argv: list[str], **trouble: str) -> tuple[int, str]:
     """Runs to the end or to the planted one. Returns the exit code and what was printed."""
-    done = subprocess.run(command(argv, **trouble), capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command(argv, **trouble), capture_output=True, text=True, timeout=3600)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -228,9 +228,28 @@ def test_a_stage_that_asks_for_it_begins_with_a_reset():
     assert play(run, [0.1] * 9, 9)[0] == [(3, "stage", True)]
 
 
+@pytest.mark.parametrize("optimizer", [True, False])
+def test_the_start_of_a_stage_says_what_is_reset_even_where_a_rule_led_to_it(optimizer):
+    """As from v2, which keeps the optimizer, to v1: the plateau that ends the first stage."""
+    first = ResetSettings(plateau_window=1, optimizer=not optimizer)
+    run = RunConfig(
+        validation=ValidationSettings(every=2),
+        stages=(
+            StageSettings(end_on_plateau=True, reset=first),
+            StageSettings(reset_at_start=True, reset=ResetSettings(optimizer=optimizer)),
+        ),
+    )
+    events, decisions = play(run, [0.2, 0.2, 0.2], 6)
+    assert events == [(4, "plateau", True)] and decisions[4].clear_optimizer is optimizer
+    plain = dataclasses.replace(run.stages[1], reset_at_start=False)
+    run = dataclasses.replace(run, stages=(run.stages[0], plain))
+    assert play(run, [0.2, 0.2, 0.2], 6)[1][4].clear_optimizer is not optimizer
+
+
 def test_evaluations_of_another_blend_are_not_compared():
     """A change of stage keeps what evaluations found, unless the next stage has others."""
-    for overrides, resets in (({}, True), ({"validation.seed": 8}, False)):
+    more = {"validation.samples": 9, "validation.every": 1}  # of the same prompts
+    for overrides, resets in (({}, True), (more, True), ({"validation.seed": 8}, False)):
         run = RunConfig(
             validation=ValidationSettings(every=2),
             stages=(

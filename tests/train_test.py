@@ -104,7 +104,7 @@ def test_metrics_of_the_first_step_and_after_a_reset(whole):
     rows = read_rows(whole / "metrics.jsonl")
     for row in rows[1:]:
         assert row["update/first_ratio_deviation"] <= 1e-6
-        assert row["update/tis_weight"] == pytest.approx(1, abs=0.1)
+        assert row["update/is_weight"] == pytest.approx(1, abs=0.1)
         assert row["update/skipped_nonfinite"] == 0
     assert rows[3]["update/kl_ref"] > 0
     assert rows[4]["reset"] == "stage" and rows[6]["reset"] == "schedule"

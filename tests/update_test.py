@@ -45,6 +45,7 @@ def gradient(
     micro_batches=6,
     model=MODEL,
     layout=SHARED,
+    loss=LOSS,
 ):
     """The gradient that an update applies, read off an SGD step, and the step's metrics."""
     mesh = mesh or make_mesh(MeshSettings())
@@ -57,7 +58,7 @@ def gradient(
     batch = make_score(model, 0.9)(state, put_rows(mesh, batch), used)
     # Pretend that the old policy was another one, so that ratios and clipping matter.
     batch = replace(batch, old_logp=batch.old_logp - 0.3 * batch.advantage)
-    state, metrics = make_update(model, SGD, mesh, LOSS, 0.9)(state, batch, used)
+    state, metrics = make_update(model, SGD, mesh, loss, 0.9)(state, batch, used)
     after = fetch(mesh, state.params)
     delta = jax.tree.map(lambda a, b: (a - b) / LEARNING_RATE, before, after)
     return delta, jax.device_get(metrics)
@@ -120,34 +121,40 @@ def test_packing_and_padding_do_not_change_the_gradient(reference):
     assert_same(reference[0], shuffled)
 
 
+@jax.jit
+def logits_alone(params, tokens):
+    mask = jnp.tril(jnp.ones((1, *tokens.shape[1:] * 2), bool))
+    positions = jnp.arange(tokens.shape[1])[None]
+    return MODEL.logits(params, MODEL.hidden(params, tokens, positions, mask)[0])[0]
+
+
+def all_logp_alone(params, c):
+    """Log-probabilities [response tokens, V] of one conversation, unpacked."""
+    tokens = np.zeros((1, 20), np.int32)  # one length, one compilation
+    tokens[0, : len(c.prompt) + len(c.response)] = np.concatenate([c.prompt, c.response])
+    all_logp = jax.nn.log_softmax(logits_alone(params, jnp.array(tokens)) / 0.9)
+    return all_logp[len(c.prompt) - 1 :][: len(c.response)]
+
+
+def logp_alone(params, c):
+    return all_logp_alone(params, c)[jnp.arange(len(c.response)), jnp.array(c.response)]
+
+
 def test_gradient_is_that_of_the_written_formula(reference):
     """Each conversation alone, unpacked, through the plain formula of ProRL Eq. 4 with TIS."""
     policy, anchor = random_params(1), random_params(2)
 
-    @jax.jit
-    def logits(params, tokens):
-        mask = jnp.tril(jnp.ones((1, *tokens.shape[1:] * 2), bool))
-        positions = jnp.arange(tokens.shape[1])[None]
-        return MODEL.logits(params, MODEL.hidden(params, tokens, positions, mask)[0])[0]
-
-    def logp(params, c):
-        tokens = np.zeros((1, 20), np.int32)  # one length, one compilation
-        tokens[0, : len(c.prompt) + len(c.response)] = np.concatenate([c.prompt, c.response])
-        all_logp = jax.nn.log_softmax(logits(params, jnp.array(tokens)) / 0.9)
-        predicted = all_logp[len(c.prompt) - 1 :]
-        return predicted[jnp.arange(len(c.response)), jnp.array(c.response)]
-
     def loss(params):
         total, count = 0.0, 0
         for c in CONVERSATIONS:
-            new, ref = logp(params, c), logp(anchor, c)
-            old = jax.lax.stop_gradient(logp(policy, c)) - 0.3 * c.advantage
+            new, ref = logp_alone(params, c), logp_alone(anchor, c)
+            old = jax.lax.stop_gradient(logp_alone(policy, c)) - 0.3 * c.advantage
             ratio, d = jnp.exp(new - old), ref - new
             surrogate = jnp.minimum(
                 ratio * c.advantage,
                 jnp.clip(ratio, 1 - LOSS.clip_low, 1 + LOSS.clip_high) * c.advantage,
             )
-            tis = jnp.minimum(jnp.exp(old - c.sampler_logp), LOSS.tis_cap)
+            tis = jnp.minimum(jnp.exp(old - c.sampler_logp), LOSS.is_high)
             total += (-tis * surrogate + LOSS.kl_coef * (jnp.exp(d) - d - 1)).sum()
             count += len(c.response)
         return total / count
@@ -155,6 +162,44 @@ def test_gradient_is_that_of_the_written_formula(reference):
     value, expected = jax.value_and_grad(loss)(policy)
     assert_same(expected, reference[0], rtol=1e-4)
     np.testing.assert_allclose(reference[1]["update/loss"], value, rtol=1e-5)
+
+
+def test_gradient_of_a_loss_by_responses_with_entropy_and_kl_in_the_reward():
+    """GSPO, sequence masks, mean over responses, an entropy bonus: packed in lanes on four devices."""
+    settings = LossSettings(
+        policy_loss="gspo", aggregation="seq_mean_token_mean", correction="seq_mask_tis"
+    )
+    settings = replace(
+        settings, kl_coef=0.1, kl_in="reward", kl_estimator="k1", is_high=0.5, entropy_coef=0.2
+    )
+    policy, anchor = random_params(1), random_params(2)
+
+    def response_loss(params, c):
+        new, all_logp = logp_alone(params, c), all_logp_alone(params, c)
+        old = jax.lax.stop_gradient(logp_alone(policy, c)) - 0.3 * c.advantage
+        kl = old - jax.lax.stop_gradient(logp_alone(anchor, c))
+        advantage = c.advantage - 0.1 * jnp.cumsum(kl[::-1])[::-1]
+        ratio = jnp.exp((new - old).mean())
+        surrogate = jnp.minimum(ratio * advantage, jnp.clip(ratio, 0.8, 1.4) * advantage)
+        inside = jnp.exp((old - c.sampler_logp).mean()) <= 0.5
+        weight = jnp.where(inside, jnp.exp(old - c.sampler_logp), 0.0)
+        entropy = -(jnp.exp(all_logp) * all_logp).sum(-1)
+        return (-weight * surrogate - 0.2 * entropy).mean()
+
+    def loss(params):
+        return sum(response_loss(params, c) for c in CONVERSATIONS) / len(CONVERSATIONS)
+
+    value, expected = jax.value_and_grad(loss)(policy)
+    delta, metrics = gradient(
+        row_len=8 + 4 * 16,
+        rows=4,
+        layout=Layout(8, 4),
+        mesh=make_mesh(MeshSettings(2, 2, 1)),
+        loss=settings,
+    )
+    assert_same(expected, delta, rtol=1e-4)
+    np.testing.assert_allclose(metrics["update/loss"], value, rtol=1e-4)
+    assert 0 < metrics["update/is_weight"] and metrics["update/is_clipped"] > 0
 
 
 scorer = functools.cache(functools.partial(make_score, MODEL))  # compiled once per temperature
@@ -204,6 +249,14 @@ def test_extremes_are_those_of_the_tokens():
         assert metrics[f"update/{name}_max"] == pytest.approx(tokens.max(), rel=1e-4)
         assert metrics[f"update/{name}_min"] == pytest.approx(tokens.min(), rel=1e-4)
     assert metrics["update/advantage_std"] == pytest.approx(tokens.std(), rel=1e-4)
+
+
+def test_extremes_may_all_be_of_one_sign():
+    _, optimizer, state, batch, used = real_setup()
+    batch = scorer(0.7)(state, batch, used)
+    batch = replace(batch, advantage=-1.0 - jnp.abs(batch.advantage))
+    _, metrics = updater(optimizer, 0.7)(state, batch, used)
+    assert metrics["update/advantage_min"] < metrics["update/advantage_max"] <= -1.0
 
 
 def test_old_logprobs_at_another_temperature_are_noticed():

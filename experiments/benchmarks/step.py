@@ -1,14 +1,16 @@
-"""One GRPO step beside tunix: python -m experiments.benchmarks.step --tunix_python=VENV/bin/python
+"""One GRPO step beside its peers:
 
-The same work for both: 4 layers of width 256 (feed-forward 768, 8 query and 4 kv heads of 32, a
+python -m experiments.benchmarks.step --tunix_python=A/bin/python --trl_python=B/bin/python [--write]
+
+The same work for all: 4 layers of width 256 (feed-forward 768, 8 query and 4 kv heads of 32, a
 vocabulary of 1,024, tied), 8 prompts of 32 tokens in groups of 8, 128 new tokens, float32, reference
 forward pass, AdamW. Each program runs in processes of its own on one core, alternating; figures are
-CPU-seconds, medians over processes of medians over steps, warm-up left out. tunix needs an
-environment of its own: pip install google-tunix==0.1.7 jax.
+CPU-seconds, medians over processes of medians over steps, warm-up left out. The peers, either or
+both, need environments of their own; README.md has the commands that make them.
 
 --long_tail makes one token in 32 a stop token for ours: lengths are geometric with a mean near 32, at
-most 128. tunix decodes until the last response ends, near 128, and trains on padded rows, so that its
-figures are those of full lengths. --huge_pages starts both with transparent huge pages for
+most 128. The peers decode until the last response ends, near 128, and train on padded rows, so that
+their figures are those of full lengths. --huge_pages starts all with transparent huge pages for
 malloc. --side=ours runs ours alone, --batch_synchronous also decodes without dropping or refilling.
 """
 
@@ -19,10 +21,14 @@ import resource
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks.common import report
+
 PHASES = ("rollout", "reference", "update")
+PEERS = ("tunix", "trl")
 WARM_UP = 3
 LIMITS = {"rollout": 2.5, "reference": 1.8, "update": 3.0, "step": 3.0}
 
@@ -71,8 +77,8 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     slots = Slots(rows=64, max_prompt_len=32, max_response_len=128)
     rows: list[dict[str, float]] = []
     for step in range(WARM_UP + args.steps):
-        begin = cpu_s()
-        prompts = [rng.integers(3, 1024, 32).tolist() for _ in range(8)]
+        begin, wall = cpu_s(), time.monotonic()
+        prompts = [[1, *rng.integers(3, 1024, 31).tolist()] for _ in range(8)]
         keys = sample_keys(0, step, range(8), 8)
         asked = [Request(i, prompts[i], keys[i], 128) for i in range(8)]
         left, start = iter([asked]), cpu_s()
@@ -105,26 +111,29 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
         state, _ = jax.block_until_ready(update(state, scored, used))
         marks.append(cpu_s() - start)
         rows.append(dict(zip(PHASES, marks, strict=True)))
-        rows[-1]["step"] = cpu_s() - begin
+        rows[-1] |= {"step": cpu_s() - begin, "step_wall": time.monotonic() - wall}
         useful = sum(len(tokens) for group in groups.values() for tokens, _ in group)
         rows[-1] |= {"useful_tokens": useful, "useful_tokens_per_s": useful / marks[0]}
     return summary(rows[WARM_UP:])
 
 
-def summary(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Medians, and the peak of memory."""
-    found = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-    return found | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+def summary(rows: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians, the peak of memory, and versions."""
+    import jax
+
+    found: dict[str, Any] = {k: statistics.median(row[k] for row in rows) for k in rows[0]}
+    found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return found | {"versions": f"jax {jax.__version__}, python {sys.version.split()[0]}"}
 
 
-def run(side: str, args: argparse.Namespace, *flags: str) -> dict[str, float]:
+def run(side: str, args: argparse.Namespace, *flags: str) -> dict[str, Any]:
     """One process on one core; its last line is JSON."""
     here = Path(__file__).parent
-    if side == "tunix":
-        command = [args.tunix_python, str(here / "step_tunix.py"), f"--steps={args.steps}"]
+    if side in PEERS:
+        command = [getattr(args, f"{side}_python"), str(here / f"step_{side}.py")]
     else:
         command = [sys.executable, "-m", "experiments.benchmarks.step", "--side=ours"]
-        command += [f"--steps={args.steps}", *flags]
+    command += [f"--steps={args.steps}", *flags]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
     if args.huge_pages:
         environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
@@ -137,39 +146,68 @@ def run(side: str, args: argparse.Namespace, *flags: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+def table(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Prints median and range of each side, and by how much ours is smaller."""
+    peers = [side for side in found if side in PEERS]
+    heads = ["ours", *peers]
+    print("\nCPU-s: median of processes (least, most)")
+    print(f"{'':10}" + "".join(f"{side:>22}" for side in heads + [f"{p} / ours" for p in peers]))
+    for key in (*PHASES, "step", "step_wall", "peak_gb"):
+        values = {side: sorted(run[key] for run in found[side]) for side in heads}
+        middle = {side: statistics.median(of) for side, of in values.items()}
+        cells = [f"{middle[s]:.3f} ({values[s][0]:.3f}, {values[s][-1]:.3f})" for s in heads]
+        cells += [f"{middle[peer] / middle['ours']:.2f}" for peer in peers]
+        print(f"{key:10}" + "".join(f"{cell:>22}" for cell in cells))
+    for side in found:
+        print(f"{side}: {found[side][0]['versions']}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="One GRPO step beside its peers")
     parser.add_argument("--tunix_python", default="", help="of an environment with google-tunix")
-    parser.add_argument("--side", default="both", choices=("both", "ours"))
+    parser.add_argument("--trl_python", default="", help="of an environment with trl")
+    parser.add_argument("--side", default="all", choices=("all", "ours"))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--processes", type=int, default=3, help="of each program")
     parser.add_argument("--long_tail", action="store_true")
     parser.add_argument("--batch_synchronous", action="store_true")
     parser.add_argument("--huge_pages", action="store_true")
-    args = parser.parse_args()
+    parser.add_argument("--write", action="store_true", help="make the figures the baseline")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
     if args.side == "ours":
         print(json.dumps(ours(args)))
         return
-    tail = ["--long_tail"] if args.long_tail else []
-    sides = {"tunix": (), "ours": tail}
+    tail = ("--long_tail",) if args.long_tail else ()
+    sides: dict[str, tuple[str, ...]] = {
+        peer: () for peer in PEERS if getattr(args, f"{peer}_python")
+    }
+    sides["ours"] = tail
     if args.long_tail:
         sides["synchronous"] = (*tail, "--batch_synchronous")
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for _ in range(args.processes):
         for side, flags in sides.items():
             found[side].append(run(side, args, *flags))
-            print(side, {k: round(v, 3) for k, v in found[side][-1].items()}, flush=True)
-    medians = {
-        side: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        for side, runs in found.items()
-    }
-    print(f"\n{'CPU-s':12}{'tunix':>9}{'ours':>9}{'ratio':>8}{'wanted':>8}")
-    for phase, limit in LIMITS.items():
-        one, other = medians["tunix"][phase], medians["ours"][phase]
-        print(f"{phase:12}{one:9.3f}{other:9.3f}{one / other:8.2f}{limit:8.1f}")
-    print(f"{'peak GB':12}{medians['tunix']['peak_gb']:9.2f}{medians['ours']['peak_gb']:9.2f}")
+            shown = {k: round(v, 3) for k, v in found[side][-1].items() if k != "versions"}
+            print(side, shown, flush=True)
+    table(found)
+
+    def median(side: str, key: str) -> float:
+        return statistics.median(run[key] for run in found[side])
+
+    print("\nbeside the baseline, and what is asked:")
+    figures = {f"ours_{key}": median("ours", key) for key in (*PHASES, "step", "peak_gb")}
+    for peer in PEERS:
+        if peer in found:
+            figures |= {f"{peer}_by_ours_{k}": median(peer, k) / median("ours", k) for k in LIMITS}
+    limits = {f"tunix_by_ours_{key}": ("at least", limit) for key, limit in LIMITS.items()}
+    report("step", figures, limits, args.write)
     if args.long_tail:
-        rates = [medians[side]["useful_tokens_per_s"] for side in ("ours", "synchronous")]
+        rates = [median(side, "useful_tokens_per_s") for side in ("ours", "synchronous")]
         print(
             "useful tokens per CPU-s: ours {:.0f}, synchronous {:.0f}, ratio {:.2f}".format(
                 *rates, rates[0] / rates[1]

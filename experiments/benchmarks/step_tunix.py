@@ -8,6 +8,8 @@ import json
 import os
 import resource
 import statistics
+import time
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
@@ -96,7 +98,7 @@ def main() -> None:
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=auto, devices=jax.devices()[:1])
     with mesh:
         actor, reference = make_model(0), make_model(0)
-    tokenizer, rng = Characters(), np.random.default_rng(1)
+    tokenizer, rng = Characters(), np.random.default_rng(0)
 
     def data():
         while True:
@@ -149,15 +151,18 @@ def main() -> None:
 
     def step(*args, **kwargs):
         times.clear()
-        start = cpu_s()
+        start, wall = cpu_s(), time.monotonic()
         one_step(*args, **kwargs)
-        rows.append({**times, "step": cpu_s() - start})
+        spent = {"step": cpu_s() - start, "step_wall": time.monotonic() - wall}
+        rows.append({**times, **spent})
 
     learner._run_global_step = step
     learner.train(data())
     found = {k: statistics.median(row[k] for row in rows[WARM_UP:]) for k in rows[-1]}
     found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps(found))
+    packages = ("google-tunix", "jax", "flax")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    print(json.dumps({**found, "versions": versions}))
 
 
 if __name__ == "__main__":

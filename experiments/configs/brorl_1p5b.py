@@ -4,8 +4,8 @@ From the paper: 512 responses, 128 prompts, 16k tokens, mini-batches per step as
 that grows with the square root of the batch (65,536 responses against 8,192: a factor of 2.83). Ours:
 the base rate, v1's 2e-6, since it is not published.
 
-`model.path` is where `python -m prolong_jax.export` wrote the policy of the v2 run. The advantage is
-normalised by the group, as in v1. Nobody has run this yet.
+`model.path` is where `python -m prolong_jax.export` wrote the policy of the v2 run. Nobody has run
+this yet.
 
 Hardware: the authors used 64 H100.
 Command: python -m prolong_jax.train --config=experiments/configs/brorl_1p5b.py --workdir=...

@@ -1,12 +1,10 @@
 """ProRL v2 at its size: v1's model and data with a wider schedule of resets that keep the optimizer.
 
-From the authors' post on v2 and its open implementations: clip 0.2/0.28, a k2 estimate of the KL with
-coefficient 1e-4, no reward for responses that do not end, a reset of the reference alone every 200 to
-500 steps, on a spike of the KL or when validation stalls, 8k tokens, 3,000 steps. Ours: 300 steps
-between resets and the limits of the other rules.
-
-Not here yet: the REINFORCE++ baseline advantage (this run normalises by the group, as v1) and the
-scheduled cosine length penalty. Nobody has run this yet.
+The objective is preset prorl_v2 (prolong_jax/presets.py): REINFORCE++ baseline, clip 0.2/0.28, a k2
+estimate of the KL, no reward for responses that do not end, a length penalty in 100 of 600 steps. From
+the authors' post: a reset of the reference alone every 200 to 500 steps, on a spike of the KL or when
+validation stalls, 8k tokens, 3,000 steps. Ours: 300 steps between resets, the limits of the other rules,
+and the size of the length penalty. Nobody has run this yet.
 
 Hardware: 16 TPU v5e, 8 H100, or more.
 Command: python -m prolong_jax.train --config=experiments/configs/prorl_v2_1p5b.py --workdir=...
@@ -25,9 +23,8 @@ def get_config() -> ConfigDict:
     config.update(
         {
             "total_steps": 3000,
-            # 512 as the baseline of BroRL, which continues v2
-            "rollout": {"prompts_per_step": 512, "stop_properly": 0.0},
-            "loss": {"clip_high": 0.28, "kl_estimator": "k2"},
+            "preset": "prorl_v2",
+            "rollout": {"prompts_per_step": 512},  # as the baseline of BroRL, which continues v2
             "stages": [{"name": "five domains", "mixture": FIVE, "reset": reset}],
         }
     )

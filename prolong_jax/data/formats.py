@@ -242,6 +242,12 @@ def gpqa(row: Row, domain: str) -> Prompt:
     return ask("stem", told, {"answer": letters[options.index(right)], "options": options})
 
 
+def own(row: Row, domain: str) -> Prompt:
+    """Rows for a verifier of one's own: prompt or messages, taken as they are, and reference."""
+    turns = row.get("messages") or row.get("prompt")
+    return ask("instruct", turns, loaded(row.get("reference"), "reference"), row.get("source"))
+
+
 def plain(row: Row, domain: str) -> Prompt:
     """Our own records: the fields of Prompt as they are, or prompt, domain, answer or reference."""
     kind = row.get("domain") or domain

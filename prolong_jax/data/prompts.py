@@ -12,7 +12,7 @@ class Prompt:
     id: str  # unique within a run; seeds the samples drawn for this prompt
     domain: str  # math, code, stem, logic, instruct
     level: str  # difficulty, "" where the source has none
-    verifier: str  # key of prolong_jax.verifiers.VERIFIERS
+    verifier: str  # key of prolong_jax.verifiers.VERIFIERS, or a module of its own
     messages: tuple[Mapping[str, str], ...]  # chat messages {"role", "content"}
     reference: Mapping[str, Any]  # what the verifier needs, JSON-able
     source: str  # data set or generator

@@ -111,13 +111,18 @@ def _prompt_of(
     if guess == "question_answer" and row.get("domain") in VERIFIERS:
         guess = "plain"
     try:
-        prompt = FORMATS[settings.format or guess][0](row, settings.domain)
+        is_own = settings.verifier and not settings.format and "reference" in row
+        read_row = formats.own if is_own else FORMATS[settings.format or guess][0]
+        prompt = read_row(row, settings.domain)
     except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as problem:
         raise BadRow("fields of another shape", repr(problem)) from None
     if settings.only and settings.only not in (prompt.domain, prompt.source):
         raise BadRow(OTHER_SOURCE, f"{prompt.domain}, {prompt.source}")
     identity, domain = prompt.id or f"{name}/{number}", settings.domain or prompt.domain
-    return replace(prompt, id=identity, domain=domain, source=prompt.source or name)
+    scored_by = settings.verifier or prompt.verifier
+    return replace(
+        prompt, id=identity, domain=domain, verifier=scored_by, source=prompt.source or name
+    )
 
 
 # --- containers ----------------------------------------------------------------------------------

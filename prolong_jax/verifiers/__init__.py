@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 CACHE_SIZE = 4096  # verdicts that `remembered` keeps
@@ -62,13 +64,31 @@ def remembered(cache: dict[bytes, Verdict], item: Any, score: Callable[[], Verdi
     return verdict
 
 
-def _verify(domain: str, response: str, reference: Mapping[str, Any]) -> Verdict:
-    return import_module(f"{__name__}.{domain}").verify(response, reference)
+def verify(name: str, response: str, reference: Mapping[str, Any]) -> Verdict:
+    """The verdict of a verifier: one of VERIFIERS, or a module of one's own with `verify`."""
+    return _module(name).verify(response, reference)
 
 
 VERIFIERS: dict[str, Callable[[str, Mapping[str, Any]], Verdict]] = {
-    domain: partial(_verify, domain) for domain in ("math", "code", "stem", "logic", "instruct")
+    domain: partial(verify, domain) for domain in ("math", "code", "stem", "logic", "instruct")
 }
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"{__name__}.{name}" if name in VERIFIERS else name)
+
+
+def refuse_unknown(name: str) -> None:
+    """Raises ValueError where a verifier is none of VERIFIERS and no module that Python finds."""
+    try:
+        is_known = name in VERIFIERS or find_spec(name) is not None
+    except (ImportError, ValueError):  # of a package that there is not; no name at all
+        is_known = False
+    if not is_known:
+        raise ValueError(
+            f"verifier: expected one of {', '.join(VERIFIERS)} or a module on the Python path, "
+            f"got {name!r}."
+        )
 
 
 def warm_up(name: str) -> None:
@@ -77,10 +97,9 @@ def warm_up(name: str) -> None:
     Raises:
       ValueError: unknown verifier, or it does not give full marks to a right answer.
     """
-    if name not in VERIFIERS:
-        raise ValueError(f"verifier: expected one of {', '.join(VERIFIERS)}, got {name!r}.")
-    response, reference = import_module(f"{__name__}.{name}").EXAMPLE
-    verdict = VERIFIERS[name](response, reference)
+    refuse_unknown(name)
+    response, reference = _module(name).EXAMPLE
+    verdict = verify(name, response, reference)
     if verdict.score != 1.0:
         raise ValueError(
             f"verifier {name}: expected score 1 for its example, got {verdict.score} "

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from prolong_jax.config import VerifierSettings
-from prolong_jax.verifiers import VERIFIERS, Status, Verdict, error, sandbox, warm_up
+from prolong_jax.verifiers import Status, Verdict, error, refuse_unknown, sandbox, verify, warm_up
 from prolong_jax.verifiers.sandbox import kill_group
 
 WARM_UP_LIMIT_S = 120.0
@@ -119,7 +119,7 @@ class Pool:
         """
         names = tuple(verifier_names)
         for name in names:
-            _refuse_unknown(name)
+            refuse_unknown(name)
         self._refuse_if_closed()
         task = _WarmUp(names, threading.Barrier(len(self._threads) + 1))
         for _ in self._threads:
@@ -208,7 +208,7 @@ class Pool:
     def _put(self, done: _Done, item_id: Hashable, request: Request) -> None:
         verifier, response, reference = request
         self._refuse_if_closed()
-        _refuse_unknown(verifier)
+        refuse_unknown(verifier)
         content = {"verifier": verifier, "response": response, "reference": dict(reference)}
         try:
             message = json.dumps(content).encode()
@@ -321,11 +321,6 @@ def _summary(name: str, scorings: Sequence[tuple[Verdict, float]]) -> dict[str, 
         f"time/verify_{name}_p50_s": seconds[len(seconds) // 2],
         f"time/verify_{name}_p99_s": seconds[int(len(seconds) * 0.99)],
     }
-
-
-def _refuse_unknown(verifier: str) -> None:
-    if verifier not in VERIFIERS:
-        raise ValueError(f"verifier: expected one of {', '.join(VERIFIERS)}, got {verifier!r}.")
 
 
 class _DiedError(OSError):
@@ -445,10 +440,10 @@ def _answer(message: Mapping[str, Any]) -> Verdict:
         if "response" not in message:
             warm_up(name)
             return Verdict(1.0)
-        verdict = VERIFIERS[name](message["response"], message["reference"])
+        verdict = verify(name, message["response"], message["reference"])
         if not 0.0 <= verdict.score <= 1.0:
             raise ValueError(f"expected a score in [0, 1], got {verdict.score}")
-        return verdict
+        return Verdict(float(verdict.score), Status(verdict.status), str(verdict.detail))
     except Exception as problem:  # a missing library, a fault of the verifier: the reason matters
         return error(f"{name}: {type(problem).__name__}: {problem}")
 

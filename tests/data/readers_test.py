@@ -341,6 +341,25 @@ def test_minimal_records_and_settings(tmp_path):
     assert stem.domain == stem.verifier == "stem"
 
 
+def test_rows_for_a_verifier_of_ones_own(tmp_path):
+    rows = [
+        {"prompt": "Say it in 3 words.", "reference": {"words": 3}},
+        {"messages": [{"role": "user", "content": "Short!"}], "reference": '{"words": 1}'},
+        {"prompt": "1+1?", "reference": "two"},
+        {"problem": "1+1?", "answer": "2"},
+    ]
+    first, second, unreadable, known = read_rows(tmp_path, rows, verifier="my_words")
+    assert isinstance(first, Prompt) and isinstance(second, Prompt) and isinstance(known, Prompt)
+    assert first.messages == ({"role": "user", "content": "Say it in 3 words."},)
+    assert [first.reference, second.reference] == [{"words": 3}, {"words": 1}]
+    assert first.domain == "instruct" and reasons([unreadable]) == ["unreadable reference"]
+    assert known.reference == {"answer": "2"} and known.domain == "math"
+    assert {item.verifier for item in (first, second, known)} == {"my_words"}
+    assert (
+        prompts_of(read_rows(tmp_path, rows[:1], verifier="v", domain="stem"))[0].domain == "stem"
+    )
+
+
 def test_one_source_of_a_mixed_file(tmp_path):
     """Rows of others are left out unread, whatever domain the settings give to the rest."""
     tests = json.dumps({"inputs": ["1"], "outputs": ["1"]})

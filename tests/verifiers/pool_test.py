@@ -118,6 +118,34 @@ def test_all_verifiers_start_and_score(shared_pool):
     assert verdicts[2].status == Status.ERROR
 
 
+OWN = """
+from prolong_jax.verifiers import Verdict, final_answer_text
+
+EXAMPLE = ("</think>a b c", {"words": 3})
+
+
+def verify(response, reference):
+    return Verdict(len(final_answer_text(response).split()) == reference["words"])
+"""
+
+
+def test_a_verifier_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_words.py").write_text(OWN)
+    (tmp_path / "own_broken.py").write_text(OWN.replace('"words": 3', '"words": 4'))
+    with Pool(1, time_limit_s=60.0) as shared:
+        shared.check(["own_words"])
+        items = [("own_words", text, {"words": 2}) for text in ("</think>a b", "a b c")]
+        right, wrong, fault = shared.score_all([*items, ("own_words", "a", {})])
+        assert [right, wrong] == [Verdict(1.0), Verdict(0.0)]
+        assert fault.status == Status.ERROR and "KeyError: 'words'" in fault.detail
+        with pytest.raises(ValueError, match="expected score 1 for its example, got False"):
+            shared.check(["own_broken"])
+        for name in ("own_nowhere", "own_nowhere.words", ""):
+            with pytest.raises(ValueError, match="or a module on the Python path, got"):
+                shared.check([name])
+
+
 def test_workers_do_not_load_jax(shared_pool):
     for pid in workers():
         assert "jaxlib" not in (Path("/proc") / str(pid) / "maps").read_text()
