@@ -151,6 +151,7 @@ def test_the_figure_has_a_line_for_every_variant():
 # --- the whole -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_ablation_of_two_steps(tmp_path):
     prompts = tmp_path / "held_out.jsonl"
     prompts.write_text("\n".join(held_out([("math", "easy")], 2, seed=1)))

@@ -15,5 +15,6 @@ def get_config():
 
 
 TITLE = "Objective of ProRL v1 and v2"
-VARIANTS = {"v1": {"preset": "prorl_v1"}, "v2": {"preset": "prorl_v2"}}
+SIZES = {"rollout.group_size": 8, "rollout.temperature": 1.0}  # in place of the presets' own
+VARIANTS = {"v1": {"preset": "prorl_v1", **SIZES}, "v2": {"preset": "prorl_v2", **SIZES}}
 SEEN = ""
