@@ -1,0 +1,17 @@
+"""Does sampling at a higher temperature learn better?
+
+Claim: 1.2 ends above 0.6 and prevents mode collapse, though it may begin less stable (arXiv
+2507.12507 by secondary sources); it delays the collapse alone (arXiv 2505.24864, section 2.2.1).
+Validation is by the rule of the paper, temperature 0.6 and top-p 0.95, for both.
+"""
+
+from experiments.configs.ablations.base import settings
+
+
+def get_config():
+    return settings(validation={"temperature": 0.6, "top_p": 0.95})
+
+
+TITLE = "Rollout temperature 0.6 and 1.2"
+VARIANTS = {"1.2": {"rollout.temperature": 1.2}, "0.6": {"rollout.temperature": 0.6}}
+SEEN = ""
