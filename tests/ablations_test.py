@@ -82,7 +82,7 @@ def test_interval_against_a_slow_loop():
     seeds = rng.integers(0, 3, (RESAMPLES, 3))
     prompts = rng.integers(0, 7, (RESAMPLES, 7))
     means = [sum(values[s, p] for s in seeds[i] for p in prompts[i]) / 21 for i in range(RESAMPLES)]
-    low, high = np.quantile(means, (0.025, 0.975))
+    low, high = np.quantile(np.array(means), (0.025, 0.975))
     np.testing.assert_allclose(interval(values), (values.mean(), low, high), rtol=1e-12)
 
 
