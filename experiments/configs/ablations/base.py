@@ -2,7 +2,7 @@
 
 32 steps of 4 groups of 8 responses, one optimizer step for each group, so that the later ones are
 taken against a policy that has moved on. At a learning rate of 2e-4 this learns steadily; at 5e-4
-the policy runs away from its reference within some twenty steps and stays bad: that is the trouble
+the policy runs away from its reference within some twenty steps and gains nothing: that is the trouble
 that clip, KL and resets are to help against, and `UNSTABLE` asks for it. Both rates were found by
 training rewards of other seeds, before any of the held-out prompts was scored.
 

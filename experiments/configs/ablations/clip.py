@@ -14,4 +14,9 @@ VARIANTS = {
     "0.2/0.28": {**UNSTABLE, "loss.clip_high": 0.28},
     "0.2/0.2": {**UNSTABLE, "loss.clip_high": 0.2},
 }
-SEEN = ""
+SEEN = """
+No difference in held-out score: the intervals of the differences reach from -0.12 to +0.14, at a rate at
+which no variant ends above the base (0.33). The entropy of the last ten steps is ordered as the claim
+says, 0.127, 0.100 and 0.075 from the widest clip to the narrowest, without an interval. The bound touches
+few tokens; the learning rate, not the clip, is what goes wrong here.
+"""

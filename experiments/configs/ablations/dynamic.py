@@ -17,4 +17,7 @@ VARIANTS = {
     "on": {},
     "off": {"rollout.dynamic_sampling": False, "total_steps": 52, **CHECKPOINTS},
 }
-SEEN = ""
+SEEN = """
+At equal generated tokens dynamic sampling is ahead by 0.05, which the interval does not tell from 0. The seeds
+without it lie further apart (0.465 to 0.673, against 0.605 to 0.629).
+"""

@@ -36,4 +36,9 @@ TITLE = "The full recipe, prolonged and stopped early"
 VARIANTS = {"full": {}}
 AT = (EARLY, LAST)  # steps at which the policy is scored
 SAMPLES, BASE_SAMPLES = 64, 256  # per held-out prompt
-SEEN = ""
+SEEN = """
+Both parts of the claim are seen. pass@1 goes from 0.004 over 0.114 to 0.315, and of the 13 prompts that the base
+never solved in 256 samples, 9 to 12 are solved in 64 samples after 60 steps, by every seed. The longer run gains at pass@1
+to pass@16; at pass@64 the difference to its early policy is within the interval, and a few prompts that the base solved
+now and then are lost. The base was never trained on the hard level, which the run is.
+"""

@@ -14,4 +14,8 @@ def get_config():
 
 TITLE = "Rollout temperature 0.6 and 1.2"
 VARIANTS = {"1.2": {"rollout.temperature": 1.2}, "0.6": {"rollout.temperature": 0.6}}
-SEEN = ""
+SEEN = """
+No difference in held-out score. At 0.6 the entropy is lower (0.078 against 0.107, without an interval), and
+more groups have equal rewards, so that 39% more tokens are generated for fewer responses to train on. Neither collapses
+within 32 steps.
+"""
