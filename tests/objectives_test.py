@@ -104,7 +104,9 @@ def compiled(settings):
         mean, statistics = objective(logp_BT, entropy_BT, batch)
         return masked.divide(mean), (mean, statistics)
 
-    return jax.jit(jax.value_and_grad(divided, argnums=(0, 1), has_aux=True))
+    fast = {"xla_backend_optimization_level": 0}  # most of the time goes into compilation
+    gradient = jax.value_and_grad(divided, argnums=(0, 1), has_aux=True)
+    return jax.jit(gradient, compiler_options=fast)
 
 
 def value_and_gradients(settings, *arrays):
