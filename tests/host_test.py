@@ -18,6 +18,8 @@ def test_all_of_a_host_survives_json():
         base={"all": {"avg_at_k": 0.1}},
         resets=[{"step": 6, "reason": "kl", "values": {"kl": 0.1}}],
         skipped_in_a_row=1,
+        entropy=0.7,
+        entropy_shift=-0.01,
         samples=2,
         generated_tokens=3,
         wall_s=4.5,
