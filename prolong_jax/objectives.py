@@ -244,10 +244,6 @@ def seq_mask_tis(
 # --- aggregations --------------------------------------------------------------------------------
 
 
-def seq_mean_token_sum(x_BT: FloatBT, mask_BT: BoolBT, segments_BT: IntBT) -> Mean:
-    return sequences.sequence_sum(x_BT, mask_BT, segments_BT)
-
-
 def token_sum_over_constant(
     x_BT: FloatBT, mask_BT: BoolBT, segments_BT: IntBT, *, token_constant: float
 ) -> Mean:
@@ -280,7 +276,7 @@ CORRECTIONS: dict[str, Callable[..., FloatBT]] = {
 AGGREGATIONS: dict[str, Callable[..., Mean]] = {
     "token_mean": token_mean,
     "seq_mean_token_mean": sequences.sequence_mean,
-    "seq_mean_token_sum": seq_mean_token_sum,
+    "seq_mean_token_sum": sequences.sequence_sum,
     "token_sum_over_constant": token_sum_over_constant,
 }
 
