@@ -103,10 +103,10 @@ def plant(troubles: list[Trouble], nan_steps: list[int]) -> None:
     def spoilt_programs(*args):
         score, update = programs(*args)
 
-        def spoilt(state, batch, used):
+        def spoilt(state, batch, *rest):
             if now in nan_steps:
                 batch = dataclasses.replace(batch, advantage=batch.advantage * float("nan"))
-            return update(state, batch, used)
+            return update(state, batch, *rest)
 
         return score, spoilt
 

@@ -2,6 +2,7 @@
 
     python -m prolong_jax.data --config=experiments/configs/NAME.py [--config.KEY=VALUE]
     python -m prolong_jax.data --path=FILE [--format=NAME] [--split=..] [--domain=..] [--only=..]
+        [--verifier=MODULE]
     python -m prolong_jax.data --evaluation=NAME --path=DIRECTORY
 
 Prints for each source: rows, prompts, what was skipped and why, lengths in tokens, sample prompts,
@@ -31,6 +32,7 @@ Items = Iterator[Prompt | Skipped]
 WRONG = r"</think>\boxed{31415926535897932}"
 EMBEDDED = 500  # prompts of the embedded tasks to look at
 SAMPLES = 3  # prompts to print
+TEXTS = ("split", "domain", "only", "verifier")  # options that are settings of a source
 
 
 def gold_response(prompt: Prompt) -> str | None:
@@ -100,7 +102,7 @@ def sources_of(
     if args.evaluation:
         yield args.evaluation, read_evaluation_set(args.evaluation, args.path)
         return
-    given = {key: getattr(args, key) for key in ("format", "split", "domain", "only")}
+    given = {key: getattr(args, key) for key in ("format", *TEXTS)}
     sources = dict(run.data.sources)
     if args.path:
         name = args.path.rstrip("/").rpartition("/")[2]
@@ -119,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", help="experiment file; else --path")
     parser.add_argument("--path", help="file or directory, local or remote")
     parser.add_argument("--format", default="", choices=["", *FORMATS])
-    for name in ("split", "domain", "only"):
+    for name in TEXTS:
         parser.add_argument(f"--{name}", default="", help="see SourceSettings")
     parser.add_argument("--evaluation", choices=EVALUATION_SETS, help="a set in the directory")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad row")
@@ -135,6 +137,7 @@ def main(argv: Sequence[str]) -> int:
             return len(tokenizer.encode_chat(prompt.messages)[0])
 
         with open_pool(run.verifiers) as pool:
+            pool.check([args.verifier] if args.verifier else [])
             sources = sources_of(args, run, num_tokens)
             fine = [report(*source, num_tokens, pool, args.golds) for source in sources]
     except ValueError as problem:

@@ -66,7 +66,10 @@ def remembered(cache: dict[bytes, Verdict], item: Any, score: Callable[[], Verdi
 
 def verify(name: str, response: str, reference: Mapping[str, Any]) -> Verdict:
     """The verdict of a verifier: one of VERIFIERS, or a module of one's own with `verify`."""
-    return _module(name).verify(response, reference)
+    verdict = _module(name).verify(response, reference)
+    if not isinstance(verdict, Verdict):
+        raise TypeError(f"verify: expected a Verdict, got {verdict!r}; return Verdict(score).")
+    return verdict
 
 
 VERIFIERS: dict[str, Callable[[str, Mapping[str, Any]], Verdict]] = {

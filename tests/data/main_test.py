@@ -36,6 +36,32 @@ def test_a_small_file_is_described_and_its_faults_are_found(tmp_path, capsys):
     assert "nowhere" in capsys.readouterr().err
 
 
+OWN = """
+from prolong_jax.verifiers import Verdict
+
+EXAMPLE = ("12345", {"length": 5})
+
+
+def verify(response, reference):
+    return Verdict(float(len(response) == reference["length"]))
+"""
+
+
+def test_rows_for_a_verifier_of_ones_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "by_length.py").write_text(OWN)
+    (tmp_path / "by_bool.py").write_text(OWN.replace("Verdict(float(", "((").replace("5})", "6})"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "Five letters.", "reference": {"length": 5}}\n')
+    assert main([f"--path={path}", "--verifier=by_length", "--domain=logic"]) == 0
+    said = capsys.readouterr().out
+    assert "1 rows, 1 prompts" in said and "rows.jsonl/0 (logic, rows.jsonl)" in said
+    assert main([f"--path={path}", "--verifier=by_bool"]) == 2
+    assert "by_bool: TypeError: verify: expected a Verdict, got False" in capsys.readouterr().err
+    assert main([f"--path={path}", "--verifier=by_nothing"]) == 2
+    assert "a module on the Python path, got 'by_nothing'" in capsys.readouterr().err
+
+
 def test_strict_stops_at_the_first_bad_row(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"problem": "x", "answer": "1"}\n{"problem": "x", "answer": null}\n')
