@@ -72,7 +72,8 @@ def main() -> int:
             parts = ["exit", code] if code else runs.differences(runs.result(workdir), expected)
             failed |= bool(parts) or met < len(planned) // 2
             print(
-                f"{kind}: {met} of {len(planned)} met the run; differences: {parts or 'none'}", flush=True
+                f"{kind}: {met} of {len(planned)} met the run; differences: {parts or 'none'}",
+                flush=True,
             )
     return int(failed)
 
