@@ -10,14 +10,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from prolong_jax import train
-from prolong_jax.config import DOMAINS, TINY_BASE, VerifierSettings
+from prolong_jax.checkpoint import params_sha256
+from prolong_jax.config import DOMAINS, TINY_BASE, MeshSettings, VerifierSettings
 from prolong_jax.groups import refuse_broken_verifiers
 from prolong_jax.host import PHASES
+from prolong_jax.mesh import make_mesh
 from prolong_jax.metrics import VALIDATION_SETS, read_rows
+from prolong_jax.models.hf import load_model
 from prolong_jax.verifiers import math
 from tests.rollout_test import group
 
@@ -186,6 +190,18 @@ def test_another_seed_and_another_loss_give_another_run(whole, tmp_path):
         assert train.main(arguments(workdir, total_steps=1, **change)) == 0
         ours, theirs = (read_rows(w / "metrics.jsonl")[1] for w in (workdir, whole))
         assert ours["update/loss"] != theirs["update/loss"]
+
+
+def test_a_step_without_anything_to_train_on_changes_no_weights(tmp_path):
+    """All responses are cut off, and those are left out of the loss."""
+    changes = {"rollout.max_response_len": 4, "rollout.dynamic_sampling": False}
+    changes |= {"shaping.overlong_filter": True, "total_steps": 1, "stages": [{"name": "one"}]}
+    assert train.main(arguments(tmp_path, **changes)) == 0
+    row = read_rows(tmp_path / "metrics.jsonl")[1]
+    assert row["groups/kept"] == 4 and "update/grad_norm" not in row
+    mesh = make_mesh(MeshSettings(), jax.devices()[:1])
+    _, base = load_model(TINY_BASE, np.dtype("float32"), mesh)
+    assert summary(tmp_path)["params_sha256"] == params_sha256(mesh, base)
 
 
 def test_eight_devices_train_like_one(whole, tmp_path):
