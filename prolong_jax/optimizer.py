@@ -1,5 +1,6 @@
 """The optimizer: AdamW with global-norm clipping and a constant learning rate after warm-up."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from prolong_jax.mesh import replicated
 from prolong_jax.types import Array, PyTree
 
 
+@functools.cache  # so that resets with the same settings share one program
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     """Decoupled weight decay (arXiv 1711.05101) after clipping the gradient's global norm."""
 

@@ -438,6 +438,22 @@ def test_reset(clear_optimizer):
     assert metrics["update/kl_ref"] <= 1e-10
 
 
+def test_resets_with_the_same_settings_share_their_program():
+    """A run of thousands of steps has many resets: their programs must not add up."""
+    compiled: list[str] = []
+
+    def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(str(kwargs["fun_name"]))
+
+    state, settings = real_setup()[2], {"learning_rate": 0.123, "warmup_steps": 7}
+    jax.monitoring.register_event_duration_secs_listener(note)
+    for _ in range(3):
+        optimizer = make_optimizer(OptimizerSettings(**settings))
+        reset_reference(state, optimizer, state.params, clear_optimizer=True)
+    assert compiled.count("jit(init_fn)") == 1, compiled
+
+
 def test_initial_state_is_sharded_like_the_weights(tmp_path):
     from prolong_jax.config import RunConfig
 
