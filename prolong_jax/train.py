@@ -176,6 +176,7 @@ def train(run: RunConfig, workdir: Path, allow_changes: bool = False) -> int:
     """
     started = time.monotonic()
     processes.start(run.mesh)
+    processes.keep_memory_compact()
     processes.take_compilations()  # from now on they are counted
     startup.refuse_other_workdir(run, workdir, allow_changes)
     mesh = make_mesh(run.mesh)
