@@ -7,6 +7,7 @@ samples of its share of the prompts, an error among them) is exchanged before it
 import ctypes
 import faulthandler
 import functools
+import gc
 import json
 import os
 import pickle
@@ -250,6 +251,13 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
     if trim is not None:
         trim(0)
+
+
+def drop_programs() -> None:
+    """Frees all compiled programs; the next call of each reads or compiles it again."""
+    jax.clear_caches()
+    gc.collect()
+    give_back_memory()
 
 
 def keep_compilations(directory: Path) -> None:

@@ -257,6 +257,8 @@ def loop(setup: Setup, state: TrainState, host: Host, outside: Outside) -> Train
         state, event = reset(run, state, host, decision, checkpointer)
         if decision.advance:
             host.cursor.surplus.clear()  # the next stage may have other sizes
+            if for_stage(run, host.progress.stage) != for_stage(run, host.progress.stage + 1):
+                processes.drop_programs()
         host.progress, host.history = stages.apply(run, host.progress, host.history, decision)
 
         stage, step, evaluation = host.progress.stage, host.progress.step + 1, None
