@@ -279,6 +279,44 @@ def test_memory_that_malloc_keeps_is_given_back():
     assert result.stdout == "True True\n", result
 
 
+FRAGMENTS = """
+import ctypes
+from prolong_jax import processes
+def used(): return processes.usage(processes.Timer())['memory/rss_mb']
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def block(size):
+    where = libc.malloc(size)
+    ctypes.memset(where, 1, size)
+    return where
+{first}
+libc.free(block(30_000_000))  # from now on, blocks of this size are kept for the next one
+before, blocks = used(), []
+for _ in range(50):
+    blocks.append(block(2_000_000))
+    block(100_000)
+for where in blocks:
+    libc.free(where)
+print(used() - before > 50)
+"""
+
+
+def test_large_blocks_leave_no_holes():
+    assert run_code(FRAGMENTS.format(first="")).stdout == "True\n", "no such malloc"
+    first = "processes.keep_memory_compact()"
+    assert run_code(FRAGMENTS.format(first=first)).stdout == "False\n"
+
+
+def test_programs_are_dropped_and_come_again():
+    client = jax.devices()[0].client
+    double = jax.jit(lambda x: 2 * x + 1)
+    assert double(1.0) == 3.0
+    before = len(client.live_executables())
+    processes.drop_programs()
+    assert len(client.live_executables()) < before
+    assert double(1.0) == 3.0
+
+
 START = """
 from prolong_jax import processes
 from prolong_jax.config import MeshSettings
