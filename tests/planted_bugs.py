@@ -229,7 +229,7 @@ def failing_tests(bug: Bug, root: Path) -> list[str]:
         output = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout
     finally:
         path.write_text(source)
-    return re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    return re.findall(r"^(?:FAILED|ERROR) (\S+::\S+)", output, re.MULTILINE)
 
 
 def main() -> int:
