@@ -259,6 +259,7 @@ def loop(setup: Setup, state: TrainState, host: Host, outside: Outside) -> Train
             host.cursor.surplus.clear()  # the next stage may have other sizes
             if for_stage(run, host.progress.stage) != for_stage(run, host.progress.stage + 1):
                 processes.drop_programs()
+                setup.collector.compiled.clear()
         host.progress, host.history = stages.apply(run, host.progress, host.history, decision)
 
         stage, step, evaluation = host.progress.stage, host.progress.step + 1, None
@@ -275,8 +276,7 @@ def loop(setup: Setup, state: TrainState, host: Host, outside: Outside) -> Train
         row |= setup.collector.pool.take_metrics() | checkpointer.take_metrics()
         report_row(row, host, timer, outside.writer, outside.view)
         outside.writer.samples(samples)
-        is_best = evaluation is not None and host.progress.best == evaluation
-        is_best = is_best and run.checkpoint.keep_best
+        is_best = evaluation and host.progress.best == evaluation and run.checkpoint.keep_best
         if step % run.checkpoint.every == 0 or is_best or "save" in request:
             with timer("save"):  # told in the next row
                 host.save(state, checkpointer)
