@@ -8,7 +8,8 @@
 Prints for each source: rows, prompts, what was skipped and why, lengths in tokens, sample prompts,
 and the verdicts on the gold answers of some rows. A gold answer that does not score 1 is listed; so
 is one beside which a wrong answer cannot be judged, and a source without prompts: then the exit code
-is 1, as it is 2 for data or settings that cannot be read.
+is 1, as it is 2 for data or settings that cannot be read. A verifier of one's own is tried on its
+EXAMPLE alone.
 """
 
 import argparse
@@ -19,13 +20,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from prolong_jax.config import RunConfig, SourceSettings, parse
+from prolong_jax.config import RunConfig, SourceSettings, parse, verifiers
 from prolong_jax.data.evaluation_sets import EVALUATION_SETS, read_evaluation_set
 from prolong_jax.data.mixture import load, longest_prompt, prompt_at
 from prolong_jax.data.prompts import Prompt, Skipped
 from prolong_jax.data.readers import FORMATS
 from prolong_jax.tokenizer import ChatTokenizer
-from prolong_jax.verifiers import Status
+from prolong_jax.verifiers import VERIFIERS, Status
 from prolong_jax.verifiers.pool import Pool, open_pool
 
 Items = Iterator[Prompt | Skipped]
@@ -44,6 +45,8 @@ def gold_response(prompt: Prompt) -> str | None:
         if reference["entry"]["answer"] is None:
             return None
         return f"</think><answer>{reference['entry']['answer']}</answer>"
+    if prompt.verifier not in VERIFIERS:
+        return None
     return f"</think>```python\n{prompt.solution}\n```" if prompt.solution else None
 
 
@@ -129,6 +132,8 @@ def main(argv: Sequence[str]) -> int:
     args, rest = parser.parse_known_args(argv)
     if not (args.path or args.config):
         parser.error("expected --config or --path")
+    if args.verifier and not args.path:
+        parser.error("--verifier: expected --path beside it; a source of --config names its own")
     try:
         run = parse([f"--config={args.config}", *rest])[0] if args.config else RunConfig()
         tokenizer = ChatTokenizer(run.model.path)
@@ -137,7 +142,9 @@ def main(argv: Sequence[str]) -> int:
             return len(tokenizer.encode_chat(prompt.messages)[0])
 
         with open_pool(run.verifiers) as pool:
-            pool.check([args.verifier] if args.verifier else [])
+            own = {args.verifier, *verifiers(run)} - {"", *VERIFIERS}
+            if own:
+                pool.check(sorted(own))
             sources = sources_of(args, run, num_tokens)
             fine = [report(*source, num_tokens, pool, args.golds) for source in sources]
     except ValueError as problem:

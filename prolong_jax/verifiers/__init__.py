@@ -65,7 +65,11 @@ def remembered(cache: dict[bytes, Verdict], item: Any, score: Callable[[], Verdi
 
 
 def verify(name: str, response: str, reference: Mapping[str, Any]) -> Verdict:
-    """The verdict of a verifier: one of VERIFIERS, or a module of one's own with `verify`."""
+    """The verdict of a verifier: one of VERIFIERS, or a module of one's own with `verify`.
+
+    Raises:
+      TypeError: a module of one's own returns something else.
+    """
     verdict = _module(name).verify(response, reference)
     if not isinstance(verdict, Verdict):
         raise TypeError(f"verify: expected a Verdict, got {verdict!r}; return Verdict(score).")

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from prolong_jax.data.__main__ import main
 
 ONE_DOMAIN = "--config.stages.0.mixture={'math': 1.0}"
@@ -56,10 +58,17 @@ def test_rows_for_a_verifier_of_ones_own(tmp_path, capsys, monkeypatch):
     assert main([f"--path={path}", "--verifier=by_length", "--domain=logic"]) == 0
     said = capsys.readouterr().out
     assert "1 rows, 1 prompts" in said and "rows.jsonl/0 (logic, rows.jsonl)" in said
+    assert "0 scored, 0 faults, 1 rows have none" in said
     assert main([f"--path={path}", "--verifier=by_bool"]) == 2
     assert "by_bool: TypeError: verify: expected a Verdict, got False" in capsys.readouterr().err
     assert main([f"--path={path}", "--verifier=by_nothing"]) == 2
     assert "a module on the Python path, got 'by_nothing'" in capsys.readouterr().err
+    config = ["--config=experiments/configs/tiny.py"]
+    config += [f"--config.data.sources.rows.{k}" for k in (f"path={path}", "verifier=by_bool")]
+    assert main(config) == 2
+    assert "by_bool: TypeError" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--config=experiments/configs/tiny.py", "--verifier=by_length"])
 
 
 def test_strict_stops_at_the_first_bad_row(tmp_path, capsys):
