@@ -444,7 +444,7 @@ def test_resets_with_the_same_settings_share_their_program():
 
     def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.endswith("backend_compile_duration"):
-            compiled.append(str(kwargs["fun_name"]))
+            compiled.append(str(kwargs.get("fun_name")))
 
     state, settings = real_setup()[2], {"learning_rate": 0.123, "warmup_steps": 7}
     jax.monitoring.register_event_duration_secs_listener(note)
