@@ -7,7 +7,6 @@ samples of its share of the prompts, an error among them) is exchanged before it
 import ctypes
 import faulthandler
 import functools
-import gc
 import json
 import os
 import pickle
@@ -33,7 +32,8 @@ U = TypeVar("U")
 START_LIMIT_S = 300  # for all processes to be there
 END_LIMIT_S = 60  # for all processes to be done, once one is
 ANNOUNCED_S = 1.0  # compilations of this length are said
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # mallopt(3)
+LARGE_BLOCK = 1 << 20  # bytes
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 def start(settings: MeshSettings) -> None:
@@ -236,14 +236,16 @@ def usage(timer: Timer) -> dict[str, float]:
 
 
 def keep_memory_compact() -> None:
-    """Lets malloc (glibc's) return large blocks as they are freed, and mix all threads' small ones.
+    """Lets glibc's malloc return large blocks as they are freed, unless the environment tunes it.
 
-    By default both stay in pieces that later blocks do not fit, and a run of days grows by them.
+    By default it keeps them for later ones, with small blocks that stay in between: a run of
+    thousands of steps grows by the pieces.
     """
+    is_tuned = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    for option, value in ((M_MMAP_THRESHOLD, 1 << 20), (M_ARENA_MAX, 1)):
-        if set_option is not None:
-            set_option(option, value)
+    if set_option is not None and not is_tuned:
+        set_option(M_MMAP_THRESHOLD, LARGE_BLOCK)
+        set_option(M_TRIM_THRESHOLD, 2 * LARGE_BLOCK)  # or it would stay at 128 KiB
 
 
 def give_back_memory() -> None:
@@ -251,13 +253,6 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
     if trim is not None:
         trim(0)
-
-
-def drop_programs() -> None:
-    """Frees all compiled programs; the next call of each reads or compiles it again."""
-    jax.clear_caches()
-    gc.collect()
-    give_back_memory()
 
 
 def keep_compilations(directory: Path) -> None:

@@ -175,8 +175,8 @@ def train(run: RunConfig, workdir: Path, allow_changes: bool = False) -> int:
       RuntimeError: the run cannot go on (non-finite gradients, broken verifiers).
     """
     started = time.monotonic()
-    processes.start(run.mesh)
     processes.keep_memory_compact()
+    processes.start(run.mesh)
     processes.take_compilations()  # from now on they are counted
     startup.refuse_other_workdir(run, workdir, allow_changes)
     mesh = make_mesh(run.mesh)
@@ -257,9 +257,6 @@ def loop(setup: Setup, state: TrainState, host: Host, outside: Outside) -> Train
         state, event = reset(run, state, host, decision, checkpointer)
         if decision.advance:
             host.cursor.surplus.clear()  # the next stage may have other sizes
-            if for_stage(run, host.progress.stage) != for_stage(run, host.progress.stage + 1):
-                processes.drop_programs()
-                setup.collector.compiled.clear()
         host.progress, host.history = stages.apply(run, host.progress, host.history, decision)
 
         stage, step, evaluation = host.progress.stage, host.progress.step + 1, None

@@ -307,16 +307,6 @@ def test_large_blocks_leave_no_holes():
     assert run_code(FRAGMENTS.format(first=first)).stdout == "False\n"
 
 
-def test_programs_are_dropped_and_come_again():
-    client = jax.devices()[0].client
-    double = jax.jit(lambda x: 2 * x + 1)
-    assert double(1.0) == 3.0
-    before = len(client.live_executables())
-    processes.drop_programs()
-    assert len(client.live_executables()) < before
-    assert double(1.0) == 3.0
-
-
 START = """
 from prolong_jax import processes
 from prolong_jax.config import MeshSettings

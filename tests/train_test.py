@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from prolong_jax import rollout, train
+from prolong_jax import train
 from prolong_jax.checkpoint import params_sha256
 from prolong_jax.config import DOMAINS, TINY_BASE, MeshSettings, VerifierSettings
 from prolong_jax.groups import refuse_broken_verifiers
@@ -25,7 +25,6 @@ from prolong_jax.models.hf import load_model
 from prolong_jax.verifiers import math
 from tests.rollout_test import group
 
-AHEAD: list[tuple] = []  # what the whole run compiled ahead
 TINY = "experiments/configs/tiny.py"
 SMALL = {
     "total_steps": 6,
@@ -43,12 +42,7 @@ SMALL = {
     "checkpoint.every": 2,
     "stages": [
         {"name": "one", "steps": 3},
-        {
-            "name": "two",
-            "reset_at_start": True,
-            "reset": {"every": 2},
-            "overrides": {"loss.clip_high": 0.3},  # so that other programs are needed
-        },
+        {"name": "two", "reset_at_start": True, "reset": {"every": 2}},
     ],
 }
 
@@ -72,21 +66,9 @@ def rows_without_times(workdir):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing interrupted."""
-    workdir, compile_ahead = tmp_path_factory.mktemp("whole"), rollout.compile_ahead
-
-    def noted(*args):
-        AHEAD.append(args[2:])
-        compile_ahead(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout, "compile_ahead", noted)
-        assert train.main(arguments(workdir, rollout__compile_ahead=True)) == 0
+    workdir = tmp_path_factory.mktemp("whole")
+    assert train.main(arguments(workdir)) == 0
     return workdir
-
-
-def test_a_stage_with_other_settings_has_its_programs_ahead_too(whole):
-    """Those of the stage before were dropped: what is compiled ahead comes once per stage."""
-    assert len(AHEAD) == 2 * len(set(AHEAD)) > 0, AHEAD
 
 
 def test_the_workdir_contract(whole):
