@@ -36,6 +36,7 @@ WARM_UP_LIMIT_S = 120.0
 MAX_REPLY_BYTES = 1 << 20
 MAX_PENDING = 10_000  # items that may wait; `submit` blocks beyond
 REAP_S = 0.05  # for a worker that is dying by itself to be told from one that is killed
+MAX_LOADS = 5  # workers that may die as they load, one after the other, before an item is given up
 MAX_LOGGED = 1000  # faults that a pool writes to its log
 # No worker can be started, it has died, or it answers nonsense.
 UNUSABLE = (OSError, TypeError, ValueError)
@@ -255,12 +256,13 @@ class Pool:
         job.done.put((job.item_id, verdict))
 
     def _ready(self, index: int, job: _Job) -> "_Worker":
-        """A worker that has loaded the item's verifier, another one if the first dies meanwhile."""
-        try:
-            return self._worker(index, (job.verifier,))
-        except _DiedError:
-            self._discard(index)
-            return self._worker(index, (job.verifier,))
+        """A worker that has loaded the item's verifier; others in turn where they die meanwhile."""
+        for _ in range(MAX_LOADS - 1):
+            try:
+                return self._worker(index, (job.verifier,))
+            except _DiedError:
+                self._discard(index)
+        return self._worker(index, (job.verifier,))
 
     def _ask(self, index: int, job: _Job) -> Verdict:
         worker = self._ready(index, job)

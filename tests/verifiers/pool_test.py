@@ -146,6 +146,38 @@ def test_a_verifier_of_ones_own(tmp_path, monkeypatch):
                 shared.check([name])
 
 
+DEADLY = """
+import os
+import signal
+
+from prolong_jax.verifiers import Verdict
+
+with open({file!r}, "a+") as file:
+    file.write("x")
+    file.flush()
+    file.seek(0)
+    if len(file.read()) <= {deaths}:
+        os.kill(os.getpid(), signal.SIGKILL)
+EXAMPLE = ("a", {{}})
+
+
+def verify(response, reference):
+    return Verdict(1.0)
+"""
+
+
+def test_workers_that_die_as_they_load_are_no_fault_of_an_item(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, deaths in (("own_dies_often", 4), ("own_dies_always", 100)):
+        source = DEADLY.format(file=str(tmp_path / f"{name}.loads"), deaths=deaths)
+        (tmp_path / f"{name}.py").write_text(source)
+    with Pool(1, time_limit_s=60.0) as own:
+        lives, dies = own.score_all([("own_dies_often", "a", {}), ("own_dies_always", "a", {})])
+    assert lives == Verdict(1.0)
+    assert dies.status == Status.ERROR and "died" in dies.detail
+    assert (tmp_path / "own_dies_always.loads").read_text() == "x" * 5
+
+
 def test_workers_do_not_load_jax(shared_pool):
     for pid in workers():
         assert "jaxlib" not in (Path("/proc") / str(pid) / "maps").read_text()
