@@ -6,7 +6,7 @@ The stages follow the paper's run history (arXiv 2505.24864, appendix E) in kind
 following joins late, then responses without an end are paid less, then groups grow, then the weak
 domains come first. All numbers are ours.
 
-Hardware: 2 CPU cores. Time: about an hour.
+Hardware: 2 CPU cores. Time: about 35 minutes.
 Command: python -m prolong_jax.train --config=experiments/configs/tiny_prolonged.py
     --workdir=runs/tiny_prolonged
 Expected: experiments/LOG.md has the resets, and the reward, entropy and KL around each.
