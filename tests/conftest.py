@@ -4,9 +4,19 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 # Shapes and dtypes of these pure modules are checked on every call. The others are left alone:
 # their checks would be traced into every compiled program.
 PURE = ("masked", "sequences", "losses", "objectives", "advantages", "shaping")
+# Files that measure programs, run many steps, or compare with other processes.
+OPTIMISED = (
+    "train_test.py",
+    "learning_test.py",
+    "compile_check_test.py",
+    "roofline_test.py",
+    "processes_test.py",
+)
 SHAPE_CHECKED = [f"prolong_jax.{name}" for name in PURE]
 
 
@@ -30,6 +40,17 @@ def pytest_configure(config):
     from jaxtyping import install_import_hook
 
     install_import_hook(SHAPE_CHECKED, "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_cheaply(request):
+    """Most tests spend their time on compiling, so they compile without optimisation."""
+    import jax
+
+    cheaply = request.path.name not in OPTIMISED
+    if cheaply != jax.config.values["jax_disable_most_optimizations"]:
+        jax.clear_caches()  # programs of other files, which would be taken as they are
+        jax.config.update("jax_disable_most_optimizations", cheaply)
 
 
 def pytest_collection_modifyitems(items):

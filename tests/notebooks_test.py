@@ -48,6 +48,7 @@ def test_is_committed_without_outputs(path):
 def test_executes(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PROLONG_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # most of the time is compilation
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # the eight virtual devices of the other tests
     for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / name))

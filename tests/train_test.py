@@ -40,6 +40,7 @@ SMALL = {
     "validation.samples": 2,
     "validation.final_samples": 2,
     "checkpoint.every": 2,
+    "verifiers.num_workers": 1,
     "stages": [
         {"name": "one", "steps": 3},
         {"name": "two", "reset_at_start": True, "reset": {"every": 2}},
@@ -184,12 +185,10 @@ def test_a_finished_run_is_left_alone(whole, capsys):
     assert (whole / "summary.json").read_text() == before
 
 
-def test_another_seed_and_another_loss_give_another_run(whole, tmp_path):
-    for name, change in (("seed", {"seed": 1}), ("kl", {"loss__kl_coef": 0.5})):
-        workdir = tmp_path / name
-        assert train.main(arguments(workdir, total_steps=1, **change)) == 0
-        ours, theirs = (read_rows(w / "metrics.jsonl")[1] for w in (workdir, whole))
-        assert ours["update/loss"] != theirs["update/loss"]
+def test_another_seed_gives_another_run(whole, tmp_path):
+    assert train.main(arguments(tmp_path, total_steps=1, seed=1)) == 0
+    ours, theirs = (read_rows(w / "metrics.jsonl")[1] for w in (tmp_path, whole))
+    assert ours["update/loss"] != theirs["update/loss"]
 
 
 def test_a_step_without_anything_to_train_on_changes_no_weights(tmp_path):
@@ -204,6 +203,7 @@ def test_a_step_without_anything_to_train_on_changes_no_weights(tmp_path):
     assert summary(tmp_path)["params_sha256"] == params_sha256(mesh, base)
 
 
+@pytest.mark.slow
 def test_eight_devices_train_like_one(whole, tmp_path):
     """The same prompts and samples at the first step; the update agrees within rounding."""
     mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
